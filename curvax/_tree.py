@@ -1,0 +1,131 @@
+"""Vector-space operations on parameter pytrees.
+
+Nothing here ravels: a sharded leaf keeps its sharding, and a dot product is the sum of the
+leafwise dot products. Low-precision leaves (bfloat16, float16) are reduced in float32.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Inexact, PyTree, Scalar
+
+
+def accumulation_dtype(*dtypes) -> jnp.dtype:
+    """The dtype in which reductions over leaves of the given dtypes are carried out."""
+    return jnp.result_type(jnp.float32, *dtypes)
+
+
+def dot(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
+    """Sum over leaves of ⟨a, b⟩, at the highest matrix precision."""
+    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
+    dtype = accumulation_dtype(*(leaf.dtype for leaf in leaves_a + leaves_b))
+    total = jnp.zeros((), dtype)
+    for x, y in zip(leaves_a, leaves_b, strict=True):
+        # Multiply-and-sum, not `vdot`: no reshape (a reshape of a sharded leaf gathers it), and
+        # XLA's tree-shaped reduction keeps float32 accurate to many millions of entries.
+        total = total + jnp.sum(x.astype(dtype) * y.astype(dtype))
+    return total
+
+
+def norm(a: PyTree[Array]) -> Scalar:
+    """Euclidean norm over all leaves."""
+    return jnp.sqrt(dot(a, a))
+
+
+def add(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
+    """a + b, in the dtypes of `a`."""
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), a, b)
+
+
+def sub(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
+    """a − b, in the dtypes of `a`."""
+    return jax.tree.map(lambda x, y: x - y.astype(x.dtype), a, b)
+
+
+def scale(c: Scalar | float, a: PyTree[Array]) -> PyTree[Array]:
+    """c·a, in the dtypes of `a`."""
+    return jax.tree.map(lambda x: (c * x).astype(x.dtype), a)
+
+
+def add_scaled(a: PyTree[Array], c: Scalar | float, b: PyTree[Array]) -> PyTree[Array]:
+    """a + c·b, in the dtypes of `a`."""
+    return jax.tree.map(lambda x, y: (x + c * y).astype(x.dtype), a, b)
+
+
+def zeros_like(a: PyTree[Array]) -> PyTree[Array]:
+    """Zeros of the structure of `a`."""
+    return jax.tree.map(jnp.zeros_like, a)
+
+
+def where(condition: Bool[Array, ""], a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
+    """Leafwise `jnp.where` with one scalar condition."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def all_finite(a: PyTree[Array]) -> Bool[Array, ""]:
+    """Whether every entry of every inexact leaf is finite."""
+    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(a) if eqx.is_inexact_array(x)]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
+
+
+def cast(a: PyTree[Array], like: PyTree[Inexact[Array, "..."]]) -> PyTree[Array]:
+    """`a` with each leaf in the dtype of the matching leaf of `like`."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), a, like)
+
+
+def structure(a: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the leaves of `a`."""
+    return jax.eval_shape(lambda: a)
+
+
+def size(a: PyTree) -> int:
+    """Number of scalars in all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(a))
+
+
+def nbytes(a: PyTree) -> int:
+    """Bytes held by all array leaves."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(a) if hasattr(x, "dtype"))
+
+
+def random_like(
+    key: Array, a: PyTree[Array], sampler: Callable[..., Array] = jax.random.normal
+) -> PyTree[Array]:
+    """Independent draws of `sampler(key, shape, dtype)` in the structure of `a`."""
+    leaves, treedef = jax.tree.flatten(a)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    draws = [sampler(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def paths(a: PyTree) -> list[str]:
+    """Readable path of every leaf, for messages and tables."""
+    return [jax.tree_util.keystr(path) or "<root>" for path, _ in jax.tree.leaves_with_path(a)]
+
+
+def common_dtype(*trees: PyTree) -> jnp.dtype:
+    """The dtype that holds every leaf of the given trees."""
+    dtypes = [leaf.dtype for tree in trees for leaf in jax.tree.leaves(tree)]
+    return jnp.result_type(*dtypes) if dtypes else jnp.dtype(jnp.float32)
+
+
+def ravel(a: PyTree[Array], dtype=None) -> Array:
+    """All leaves in one vector: for dense references and small solves only, never in a step."""
+    dtype = common_dtype(a) if dtype is None else dtype
+    pieces = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(a)]
+    return jnp.concatenate(pieces) if pieces else jnp.zeros((0,), dtype)
+
+
+def unravel(like: PyTree, vector: Array) -> PyTree[Array]:
+    """Inverse of `ravel`, into the shapes and dtypes of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = [0]
+    for leaf in leaves:
+        ends.append(ends[-1] + leaf.size)
+    pieces = [
+        vector[start:end].reshape(leaf.shape).astype(leaf.dtype)
+        for leaf, start, end in zip(leaves, ends[:-1], ends[1:], strict=True)
+    ]
+    return jax.tree.unflatten(treedef, pieces)

@@ -1,0 +1,94 @@
+"""Stochastic estimates of an operator's diagonal and trace from products with it.
+
+For anything finer (XTrace, Hutch++, spectral densities) hand an operator to traceax or matfree;
+[`flat`][curvax.flat] gives them the view over plain vectors that they expect.
+"""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+
+from curvax import _tree
+from curvax.operators.base import AbstractOperator
+
+
+def hutchinson_diagonal(
+    operator: lx.AbstractLinearOperator, key: PRNGKeyArray, samples: int = 1
+) -> PyTree[Array]:
+    """E[v ⊙ Av] with Rademacher v: an unbiased estimate of diag(A) (Bekas et al. 2007).
+
+    Its variance in entry i is the sum of the squares of the other entries of row i. Costs one
+    product a sample; the result has the structure of the operator's input.
+    """
+    _check_samples(samples)
+    return _mean(operator, key, samples, lambda v, product: jax.tree.map(jnp.multiply, v, product))
+
+
+def hutchinson_trace(
+    operator: lx.AbstractLinearOperator, key: PRNGKeyArray, samples: int = 1
+) -> Scalar:
+    """E[vᵀAv] with Rademacher v: an unbiased estimate of tr(A) (Hutchinson 1989)."""
+    _check_samples(samples)
+    return _mean(operator, key, samples, _tree.dot)
+
+
+def _mean(operator, key, samples, statistic):
+    operator = lx.linearise(operator)
+    structure = operator.in_structure()
+
+    def one(key: PRNGKeyArray):
+        probe = _tree.random_like(key, structure, jax.random.rademacher)
+        return statistic(probe, operator.mv(probe))
+
+    if samples == 1:
+        return one(key)
+    draws = jax.lax.map(one, jax.random.split(key, samples))
+    return jax.tree.map(lambda draw: jnp.mean(draw, axis=0), draws)
+
+
+def _check_samples(samples: int) -> None:
+    if samples < 1:
+        raise ValueError(f"samples: got {samples}, wanted at least 1.")
+
+
+class flat(AbstractOperator):
+    """An operator over pytrees as one over vectors, for libraries that expect those.
+
+    Ravels at every product: for analysis, not for training steps on sharded parameters.
+    """
+
+    operator: lx.AbstractLinearOperator
+
+    def mv(self, vector: Array) -> Array:
+        product = self.operator.mv(_tree.unravel(self.operator.in_structure(), vector))
+        return _tree.ravel(product, vector.dtype)
+
+    def as_matrix(self) -> Array:
+        return self.operator.as_matrix()
+
+    def transpose(self) -> "flat":
+        return flat(self.operator.T)
+
+    def linearise(self) -> "flat":
+        return flat(lx.linearise(self.operator))
+
+    @property
+    def symmetric(self) -> bool:
+        return lx.is_symmetric(self.operator)
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        return lx.is_positive_semidefinite(self.operator)
+
+    @property
+    def is_diagonal(self) -> bool:
+        return lx.is_diagonal(self.operator)
+
+    def in_structure(self) -> jax.ShapeDtypeStruct:
+        dtype = _tree.common_dtype(self.operator.in_structure(), self.operator.out_structure())
+        return jax.ShapeDtypeStruct((self.operator.in_size(),), dtype)
+
+    def out_structure(self) -> jax.ShapeDtypeStruct:
+        dtype = self.in_structure().dtype
+        return jax.ShapeDtypeStruct((self.operator.out_size(),), dtype)

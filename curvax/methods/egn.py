@@ -1,0 +1,30 @@
+"""Exact Gauss-Newton, solved in the space of the rows."""
+
+import lineax as lx
+from jaxtyping import ScalarLike
+
+from curvax.damping import AbstractDamping, LevenbergMarquardt
+from curvax.objective import Objective
+from curvax.plan import AbstractCurvatureQuantity, GaussNewtonCurvature
+from curvax.solvers import RowSpace
+from curvax.transform import Method, second_order
+
+
+def egn(
+    objective: Objective,
+    *,
+    damping: AbstractDamping | ScalarLike = LevenbergMarquardt(),
+    solver: lx.AbstractLinearSolver = RowSpace(),
+    curvature: AbstractCurvatureQuantity = GaussNewtonCurvature(),
+) -> Method:
+    """(G + λI)⁻¹ g exactly, through the Gram matrix of the batch's output gradients.
+
+    The system has as many rows as the batch has outputs, however many parameters there are
+    (exact Gauss-Newton, Korbit et al. 2024; for a Fisher curvature minSR, Chen & Heyl 2023). For
+    many rows, `RowSpace(inner=CG(...))` needs products only.
+
+    State: none of the size of the parameters. Cost: one backward pass for each output of an
+    example, and rows² × parameters for the Gram matrix; memory rows × parameters while it is
+    built.
+    """
+    return second_order(objective, curvature=curvature, solver=solver, damping=damping)

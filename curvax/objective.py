@@ -1,0 +1,455 @@
+"""What is being minimised: a model, a loss on its outputs, and how examples are averaged.
+
+Everything that curvax derives (gradients, curvature products, statistics) is derived from an
+[`Objective`][curvax.Objective], and every scale is declared here, once.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+from curvax import _tree
+from curvax.losses import AbstractLoss
+
+Batch = PyTree[Array]
+Params = PyTree[Array]
+
+
+class Example(NamedTuple):
+    """One batch, taken apart: inputs, targets, and optional weights (or a 0/1 mask)."""
+
+    x: PyTree[Array]
+    target: PyTree[Array]
+    weight: Array | None = None
+
+
+class Linearisation(eqx.Module):
+    """The model's outputs on a batch, linearised in the parameters.
+
+    `tangent` is the linear map Δθ ↦ JΔθ with its residuals stored, so that products with J and
+    Jᵀ cost no further forward pass. `coefficients` holds the weight of each event in the
+    objective (1/N for a plain mean over N events), with the shape of the loss's values or ().
+    """
+
+    params: Params
+    outputs: Float[Array, "batch ..."]
+    targets: PyTree[Array]
+    coefficients: Float[Array, "..."]
+    tangent: Callable[[Params], Array]
+
+    def jvp(self, vector: Params) -> Array:
+        """J v, of the shape of the outputs."""
+        return self.tangent(vector)
+
+    def vjp(self, cotangent: Array) -> Params:
+        """Jᵀ u, of the structure of the parameters."""
+        transpose = jax.linear_transpose(self.tangent, _tree.structure(self.params))
+        return transpose(cotangent.astype(self.outputs.dtype))[0]
+
+    def restrict(self, template: PyTree[Any]) -> "Linearisation":
+        """The linearisation in only those parameters that `template` does not mask."""
+        kept = keep_unmasked(template, self.params)
+        tangent = Embedded(self.tangent, _tree.structure(self.params))
+        return Linearisation(kept, self.outputs, self.targets, self.coefficients, tangent)
+
+
+class Embedded(eqx.Module):
+    """A linear map of all parameters, as one of those that are not masked."""
+
+    function: Callable[[Params], Any]
+    structure: tuple[tuple[jax.ShapeDtypeStruct, ...], Any] = eqx.field(static=True)
+
+    def __init__(self, function: Callable[[Params], Any], structure: PyTree[jax.ShapeDtypeStruct]):
+        self.function = function
+        leaves, treedef = jax.tree.flatten(structure)
+        self.structure = (tuple(leaves), treedef)
+
+    def __call__(self, kept: Params) -> Any:
+        leaves, treedef = self.structure
+        return self.function(fill_masked(kept, jax.tree.unflatten(treedef, leaves)))
+
+
+def fill_masked(tree: Params, whole: PyTree[jax.ShapeDtypeStruct]) -> Params:
+    """`tree` with zeros, of the structure `whole`, in place of each `MaskedNode`."""
+
+    def fill(leaf: Any, struct: Any) -> Any:
+        if not is_masked(leaf):
+            return leaf
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
+
+    return jax.tree.map(fill, tree, whole, is_leaf=is_masked)
+
+
+def is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _keep(template: Any, leaf: Any) -> Any:
+    return template if is_masked(template) else leaf
+
+
+def keep_unmasked(template: PyTree[Any], tree: PyTree[Any]) -> PyTree[Any]:
+    """The leaves of `tree` that `template` does not mask; `MaskedNode` in place of the others."""
+    return jax.tree.map(_keep, template, tree, is_leaf=is_masked)
+
+
+def is_masked_tree(tree: PyTree[Any]) -> bool:
+    """Whether `optax.masked` or `optax.partition` took leaves out of a tree."""
+    return any(is_masked(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_masked))
+
+
+def unmask(tree: PyTree[Any]) -> PyTree[Any]:
+    """`tree` with None, Equinox's word for an absent leaf, in place of each `MaskedNode`."""
+    return jax.tree.map(lambda t: None if is_masked(t) else t, tree, is_leaf=is_masked)
+
+
+def weigh(coefficients: Array, array: Array) -> Array:
+    """`array` times the coefficient of each event, whose axes lead.
+
+    Zero where an event has no weight, whatever the entry: 0·NaN must not reach a sum.
+    """
+    if coefficients.ndim == 0:
+        return array * coefficients.astype(array.dtype)
+    trailing = (1,) * (array.ndim - coefficients.ndim)
+    coefficients = coefficients.reshape(coefficients.shape + trailing).astype(array.dtype)
+    return jnp.where(coefficients > 0, coefficients * array, 0)
+
+
+class Objective(eqx.Module):
+    """A model's loss over a batch.
+
+    The objective is
+
+        f(θ) = Σ_e c_e ℓ(z_e(θ), y_e) + ½·l2·‖θ‖²
+
+    where an *event* e is what the loss scores at once: one row of class scores, or the whole
+    output of one example for a squared error (see `event_ndim` of the losses). A sequence model
+    under a softmax loss has batch × length events. The coefficients are
+
+    - `reduction="mean"`: c_e = w_e / Σ w, so f is the weighted mean over all events;
+    - `reduction="sum"`: c_e = w_e.
+
+    Weights w (all one if none are given) come with the batch; a zero masks an event. A batch
+    whose weights are all zero has f = ½·l2·‖θ‖².
+
+    **Arguments:**
+
+    - `predict`: `predict(model, x) -> outputs` for *one* example; curvax adds the batch axis.
+      `outputs` is one floating-point array of any rank.
+    - `loss`: an [`AbstractLoss`][curvax.AbstractLoss].
+    - `reduction`: `"mean"` or `"sum"`.
+    - `l2`: coefficient of ½‖θ‖², not divided by the number of events.
+    - `stochastic`: if true, `predict(model, x, key)` gets a key of its own for each example
+      (dropout), and every call that evaluates the objective needs a `key`.
+    - `split`: `split(batch) -> (x, target)` or `(x, target, weight)`. By default a batch is such
+      a tuple, or a mapping with the keys `"x"`, `"y"` and optionally `"weight"`. Every leaf of x
+      has the batch axis first; a weight has the shape (batch,) or that of the loss's values.
+    - `static`: the part of the model that is not trained, as returned by `eqx.partition`. Give it
+      where only the trained part travels, as in an existing Optax loop over
+      `eqx.filter(model, eqx.is_inexact_array)`, or to freeze leaves.
+
+    **Raises** `ValueError` for an unknown reduction, and when evaluated on a batch that the model
+    or the loss cannot take: the message names the argument, what was seen and what was wanted.
+    """
+
+    predict: Callable[..., Array] = eqx.field(static=True)
+    loss: AbstractLoss
+    reduction: Literal["mean", "sum"] = eqx.field(static=True)
+    l2: float = eqx.field(static=True)
+    stochastic: bool = eqx.field(static=True)
+    split: Callable[[Batch], tuple] | None = eqx.field(static=True)
+    frozen: PyTree[Array]
+    skeleton: tuple[tuple[Any, ...], Any] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        predict: Callable[..., Array],
+        loss: AbstractLoss,
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        l2: float = 0.0,
+        stochastic: bool = False,
+        split: Callable[[Batch], tuple] | None = None,
+        static: PyTree[Any] = None,
+    ):
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: got {reduction!r}, wanted 'mean' or 'sum'.")
+        self.predict = predict
+        self.loss = loss
+        self.reduction = reduction
+        self.l2 = l2
+        self.stochastic = stochastic
+        self.split = split
+        # Arrays are ordinary leaves; what is left (functions, sizes) is kept flat, so that it is
+        # hashable and an objective passes through jit, scan and vmap like any array.
+        self.frozen, skeleton = eqx.partition(static, _is_any_array)
+        leaves, treedef = jax.tree.flatten(skeleton)
+        self.skeleton = (tuple(leaves), treedef)
+
+    # -- the model ---------------------------------------------------------------------------
+
+    def bind(self, model: PyTree[Any]) -> tuple[Params, "Objective"]:
+        """Splits a model into its trained parameters and an objective over just those.
+
+        Parameters are the inexact array leaves. **Raises** `ValueError` if there are none.
+        """
+        params, static = eqx.partition(model, is_parameter)
+        if not any(leaf.size for leaf in jax.tree.leaves(params)):
+            raise ValueError(
+                "model: got no trainable leaf, wanted at least one non-empty floating-point array. "
+                f"Leaves seen: {_describe_leaves(model)}."
+            )
+        if not jax.tree.leaves(static):
+            return params, self
+        return params, self._with_static(static)
+
+    @property
+    def static(self) -> PyTree[Any]:
+        """The part of the model that is not trained."""
+        leaves, treedef = self.skeleton
+        return eqx.combine(self.frozen, jax.tree.unflatten(treedef, leaves))
+
+    def model(self, params: Params) -> PyTree[Any]:
+        """The whole model again, from its trained part."""
+        if not jax.tree.leaves(self.static):
+            return params
+        return eqx.combine(unmask(params), self.static)
+
+    def restrict(self, params: Params, template: PyTree[Any]) -> tuple[Params, "Objective"]:
+        """The same objective over only those parameters that `template` does not mask.
+
+        `template` is what `optax.masked` hands to an inner transformation: the parameters with
+        `optax.MaskedNode()` in place of each leaf (or subtree) that takes no part.
+        """
+        kept = keep_unmasked(template, params)
+        frozen = jax.tree.map(
+            lambda t, p: p if is_masked(t) else jax.tree.map(lambda _: None, p),
+            template,
+            params,
+            is_leaf=is_masked,
+        )
+        return kept, self._with_static(frozen)
+
+    def without_l2(self) -> "Objective":
+        """The same objective with no l2 term."""
+        return self._with(l2=0.0)
+
+    def _with_static(self, static: PyTree[Any]) -> "Objective":
+        if jax.tree.leaves(self.static):
+            static = eqx.combine(static, self.static)
+        return self._with(static=static)
+
+    def _with(self, **changes: Any) -> "Objective":
+        fields = {
+            "reduction": self.reduction,
+            "l2": self.l2,
+            "stochastic": self.stochastic,
+            "split": self.split,
+            "static": self.static,
+        }
+        return Objective(self.predict, self.loss, **(fields | changes))
+
+    # -- one batch ---------------------------------------------------------------------------
+
+    def example(self, batch: Batch) -> Example:
+        """Takes a batch apart. **Raises** `ValueError` if it cannot."""
+        if self.split is not None:
+            parts = self.split(batch)
+        elif isinstance(batch, Mapping) and {"x", "y"} <= set(batch):
+            parts = (batch["x"], batch["y"], batch.get("weight"))
+        elif isinstance(batch, tuple | list) and len(batch) in (2, 3):
+            parts = tuple(batch)
+        else:
+            raise ValueError(
+                f"batch: got a {type(batch).__name__} with leaves {_describe_leaves(batch)}, wanted "
+                "(x, target), (x, target, weight), or a mapping with the keys 'x', 'y' and "
+                "optionally 'weight'. For any other layout pass Objective(..., split=...)."
+            )
+        as_array = lambda leaf: leaf if hasattr(leaf, "shape") else jnp.asarray(leaf)
+        example = Example(*jax.tree.map(as_array, tuple(parts)))
+        lengths = {
+            path: (leaf.shape[0] if leaf.ndim else None)
+            for path, leaf in zip(_tree.paths(example.x), jax.tree.leaves(example.x), strict=True)
+        }
+        if len(set(lengths.values())) != 1 or None in lengths.values():
+            raise ValueError(
+                "batch: every leaf of x needs the same leading batch axis, got lengths "
+                f"{lengths or 'of no leaf'}."
+            )
+        if 0 in lengths.values():
+            raise ValueError("batch: got 0 examples, wanted at least 1.")
+        return example
+
+    def outputs(
+        self, params: Params, x: PyTree[Array], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch ..."]:
+        """The model's outputs on a batch of inputs."""
+        model = self.model(params)
+        if not self.stochastic:
+            return jax.vmap(lambda one: self.predict(model, one))(x)
+        keys = self._example_keys(x, key)
+        return jax.vmap(lambda one, k: self.predict(model, one, k))(x, keys)
+
+    def _example_keys(self, x: PyTree[Array], key: PRNGKeyArray | None) -> Array:
+        if key is None:
+            raise ValueError(
+                "key: got None, but this objective is stochastic: pass key=jax.random.key(...)."
+            )
+        return jax.random.split(key, jax.tree.leaves(x)[0].shape[0])
+
+    def check(
+        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> jax.ShapeDtypeStruct:
+        """Checks a batch against model and loss without computing anything; returns the shape of
+        the outputs.
+
+        Shapes and dtypes are always checked; values of targets only where they are concrete.
+        **Raises** `ValueError` naming the argument, what was seen and what was wanted.
+        """
+        example = self.example(batch)
+        try:
+            outputs = jax.eval_shape(self.outputs, params, example.x, key)
+        except (TypeError, ValueError) as error:
+            if "key:" in str(error):
+                raise
+            one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), example.x)
+            holes = len(jax.tree.leaves(params, is_leaf=lambda a: a is None)) - len(
+                jax.tree.leaves(params)
+            )
+            hint = (
+                " The parameters have None where the model has leaves that are not trained: pass "
+                "Objective(..., static=eqx.partition(model, eqx.is_inexact_array)[1])."
+                if holes and not jax.tree.leaves(self.static)
+                else ""
+            )
+            raise ValueError(
+                "x: the model could not be applied to one example with leaves "
+                f"{_describe_leaves(one)}.{hint} It said: {error}"
+            ) from error
+        if not isinstance(outputs, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"outputs: got a {type(outputs).__name__} from predict, wanted one array."
+            )
+        self.loss.check(outputs, example.target)
+        if example.weight is not None:
+            values = jax.eval_shape(self.loss.value, outputs, example.target)
+            if example.weight.shape not in (values.shape, values.shape[:1]):
+                raise ValueError(
+                    f"weight: got shape {example.weight.shape}, wanted {values.shape[:1]} (one an "
+                    f"example) or {values.shape} (one an event)."
+                )
+        return outputs
+
+    def coefficients(self, example: Example, values: PyTree) -> Float[Array, "..."]:
+        """The coefficient c_e of each event, from the shape of the loss's values."""
+        if example.weight is None:
+            count = 1.0 if self.reduction == "sum" else float(max(values.size, 1))
+            return jnp.asarray(1.0 / count, values.dtype)
+        weight = example.weight.astype(values.dtype)
+        weight = weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
+        weight = jnp.broadcast_to(weight, values.shape)
+        if self.reduction == "sum":
+            return weight
+        total = jnp.sum(weight)
+        return jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
+
+    def total_weight(self, batch: Batch, values: PyTree) -> Scalar:
+        """Σ w over the events of a batch: its share in a mean over several batches."""
+        example = self.example(batch)
+        if example.weight is None:
+            return jnp.asarray(values.size, values.dtype)
+        return jnp.sum(example.weight.astype(values.dtype)) * (values.size / example.weight.size)
+
+    # -- evaluation --------------------------------------------------------------------------
+
+    def value(self, params: Params, batch: Batch, key: PRNGKeyArray | None = None) -> Scalar:
+        """f(θ) on a batch."""
+        self.check(params, batch, key)
+        example = self.example(batch)
+        return self._reduce(params, example, self.outputs(params, example.x, key))
+
+    def _reduce(self, params: Params, example: Example, outputs: Array) -> Scalar:
+        values = self.loss.value(outputs, example.target)
+        coefficients = self.coefficients(example, values)
+        value = jnp.sum(weigh(coefficients, values))
+        return value + self._l2_value(params, value.dtype)
+
+    def _l2_value(self, params: Params, dtype) -> Scalar:
+        if self.l2 == 0.0:
+            return jnp.zeros((), dtype)
+        return (0.5 * self.l2 * _tree.dot(params, params)).astype(dtype)
+
+    def linearise(
+        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> Linearisation:
+        """The model on a batch, linearised at θ: one forward pass."""
+        self.check(params, batch, key)
+        example = self.example(batch)
+        outputs, tangent = jax.linearize(lambda p: self.outputs(p, example.x, key), params)
+        values = jax.eval_shape(self.loss.value, outputs, example.target)
+        return Linearisation(
+            params, outputs, example.target, self.coefficients(example, values), tangent
+        )
+
+    def value_of(self, linearisation: Linearisation, batch: Batch) -> Scalar:
+        """f(θ), from outputs that are already there."""
+        return self._reduce(linearisation.params, self.example(batch), linearisation.outputs)
+
+    def gradient_of(self, linearisation: Linearisation) -> Params:
+        """∇f(θ) = Jᵀ(c·∇ℓ) + l2·θ: one backward pass from a linearisation."""
+        scores = self.loss.gradient(linearisation.outputs, linearisation.targets)
+        scores = weigh(linearisation.coefficients, scores)
+        return self.add_l2(linearisation.vjp(scores), linearisation.params)
+
+    def add_l2(self, product: Params, vector: Params) -> Params:
+        """Adds the l2 term's share, l2·v, to a product."""
+        return _tree.add_scaled(product, self.l2, vector) if self.l2 else product
+
+    def pull_back_examples(
+        self,
+        params: Params,
+        x: PyTree[Array],
+        cotangents: Float[Array, "columns batch ..."],
+        key: PRNGKeyArray | None = None,
+    ) -> PyTree[Float[Array, "batch columns ..."]]:
+        """Jᵢᵀuᵢ of each example i by itself, for several columns of cotangents u.
+
+        The result holds batch × columns gradients of the size of the parameters.
+        """
+
+        def one(x, cotangents, key):
+            def predict(p):
+                model = self.model(p)
+                return self.predict(model, x, key) if self.stochastic else self.predict(model, x)
+
+            _, vjp = jax.vjp(predict, params)
+            return jax.vmap(lambda u: vjp(u)[0])(cotangents)
+
+        if not self.stochastic:
+            return jax.vmap(one, (0, 1, None))(x, cotangents, None)
+        return jax.vmap(one, (0, 1, 0))(x, cotangents, self._example_keys(x, key))
+
+
+def _is_any_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def is_parameter(leaf: Any) -> bool:
+    """Whether a leaf of a model is trained: a floating-point array."""
+    return _is_any_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _describe_leaves(tree: PyTree[Any]) -> str:
+    described = [
+        f"{path}: {leaf.dtype}{list(leaf.shape)}"
+        if hasattr(leaf, "shape")
+        else f"{path}: {type(leaf).__name__}"
+        for path, leaf in zip(_tree.paths(tree), jax.tree.leaves(tree), strict=True)
+    ]
+    return "{" + ", ".join(described[:12]) + (", …" if len(described) > 12 else "") + "}"

@@ -1,0 +1,15 @@
+"""Plans: what a step computes, for whom, how often, and at what cost."""
+
+from curvax.plan.plan import Entry as Entry
+from curvax.plan.plan import Observation as Observation
+from curvax.plan.plan import Plan as Plan
+from curvax.plan.plan import Requirement as Requirement
+from curvax.plan.quantities import AbstractCurvatureQuantity as AbstractCurvatureQuantity
+from curvax.plan.quantities import AbstractQuantity as AbstractQuantity
+from curvax.plan.quantities import BartlettDiagonal as BartlettDiagonal
+from curvax.plan.quantities import FisherCurvature as FisherCurvature
+from curvax.plan.quantities import GainRatio as GainRatio
+from curvax.plan.quantities import GaussNewtonCurvature as GaussNewtonCurvature
+from curvax.plan.quantities import HessianCurvature as HessianCurvature
+from curvax.plan.quantities import HutchinsonDiagonal as HutchinsonDiagonal
+from curvax.plan.quantities import Scope as Scope

@@ -1,0 +1,138 @@
+"""A plan in words and numbers, like a database's EXPLAIN: before the first step, nothing run."""
+
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from curvax import _tree
+from curvax.objective import Batch, Objective, Params
+from curvax.plan.plan import Entry
+from curvax.plan.quantities import (
+    AbstractCurvatureQuantity,
+    AbstractQuantity,
+    GainRatio,
+    Scope,
+)
+
+if TYPE_CHECKING:
+    from curvax.transform import Method
+
+
+def describe(
+    method: "Method", model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None
+) -> str:
+    """The table behind [`Method.describe`][curvax.Method]."""
+    params, objective = method.objective.bind(model)
+    objective.check(params, batch, key)
+    key = jax.random.key(0) if key is None else key
+    gradient = _cost(lambda p, k: jax.value_and_grad(objective.value)(p, batch, k), params, key)
+    rows = [("quantity", "wanted by", "every", "FLOPs / gradient", "bytes / gradient")]
+    rows.append(("value and gradient", "step", "1", "1.00", "1.00"))
+    for entry in method.plan.entries:
+        rows.extend(_entry_rows(entry, objective, params, batch, key, gradient))
+    lines = [
+        f"one gradient: {gradient[0] / 1e6:.3g} MFLOP, {gradient[1] / 1e6:.3g} MB moved "
+        "(before fusion)",
+        f"solver: {_solver_line(method)}",
+        f"damping: {type(method.damping).__name__}",
+        "",
+        *_table(rows),
+        "",
+        *_state_lines(method, params),
+    ]
+    return "\n".join(lines)
+
+
+def _entry_rows(
+    entry: Entry,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: PRNGKeyArray,
+    gradient: tuple[float, float],
+) -> list[tuple[str, ...]]:
+    quantity = entry.quantity
+    every = ", ".join(
+        f"{every}" + (f" (+{offset})" if offset else "") for every, offset in entry.cadences
+    )
+    who = ", ".join(entry.wanted_by)
+
+    def row(label: str, how_often: str, cost: tuple[float, float]) -> tuple[str, ...]:
+        ratios = [f"{cost[i] / gradient[i]:.2f}" if gradient[i] else "not known" for i in range(2)]
+        return (label, who, how_often, *ratios)
+
+    extra = _cost(lambda p, k: _with_gradient(quantity, objective, p, batch, k), params, key)
+    alone = _cost(lambda p, k: _with_gradient(None, objective, p, batch, k), params, key)
+    rows = [row(quantity.label, every, (max(extra[0] - alone[0], 0), max(extra[1] - alone[1], 0)))]
+    if isinstance(quantity, AbstractCurvatureQuantity):
+        operator = lambda p, k: quantity.compute(Scope(objective, p, batch, k))
+        both = _cost(lambda p, k: (lambda a: (a, a.mv(p)))(operator(p, k)), params, key)
+        one = _cost(operator, params, key)
+        rows.append(row("  each product with it", "solve", (both[0] - one[0], both[1] - one[1])))
+    if isinstance(quantity, GainRatio):
+        trial = _cost(lambda p, k: objective.value(p, batch, k), params, key)
+        rows[-1] = row(quantity.label + " (and one product with J)", every, trial)
+    return rows
+
+
+def _with_gradient(
+    quantity: AbstractQuantity | None,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: PRNGKeyArray,
+) -> Any:
+    scope = Scope(objective, params, batch, key)
+    value = None if quantity is None else quantity.compute(scope)
+    return scope.value, scope.gradient, value
+
+
+def _cost(function: Any, *args: Any) -> tuple[float, float]:
+    """FLOPs and bytes that XLA counts before its optimisations; 0 where it does not say."""
+    analysis = eqx.filter_jit(function).lower(*args).lowered.cost_analysis() or {}
+    return float(analysis.get("flops", 0.0)), float(analysis.get("bytes accessed", 0.0))
+
+
+def _solver_line(method: "Method") -> str:
+    steps = getattr(method.solver, "max_steps", None)
+    limit = f", at most {steps} products" if steps else ""
+    return f"{type(method.solver).__name__}{limit}"
+
+
+def _state_lines(method: "Method", params: Params) -> list[str]:
+    state = jax.eval_shape(method.init, params)
+    param_paths = _tree.paths(params)
+    per_leaf: dict[str, int] = dict.fromkeys(param_paths, 0)
+    shared = 0
+    for path, leaf in zip(_tree.paths(state), jax.tree.leaves(state), strict=True):
+        owner = next((p for p in param_paths if p != "<root>" and path.endswith(p)), None)
+        if owner is None:
+            shared += _tree.nbytes(leaf)
+        else:
+            per_leaf[owner] += _tree.nbytes(leaf)
+    rows = [("parameter", "shape", "bytes", "state bytes", "handled by")]
+    for path, leaf in zip(param_paths, jax.tree.leaves(params), strict=True):
+        rows.append(
+            (
+                path,
+                f"{leaf.dtype}{list(leaf.shape)}",
+                f"{_tree.nbytes(leaf):,}",
+                f"{per_leaf[path]:,}",
+                method.curvature.label,
+            )
+        )
+    total = sum(per_leaf.values()) + shared
+    return [
+        *_table(rows),
+        "",
+        f"state in all: {total:,} bytes ({total / max(_tree.nbytes(params), 1):.2f} × the "
+        f"parameters; Adam: 2.00 ×), {shared:,} of them not of any one parameter",
+    ]
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

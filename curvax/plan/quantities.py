@@ -1,0 +1,211 @@
+"""The quantities that parts of a method ask a step for, and what they share.
+
+A quantity is a hashable description; two parts that ask for equal quantities get one computation.
+Beneath that, quantities share the intermediates of a [`Scope`][curvax.plan.quantities.Scope]: one
+linearised forward pass serves value, gradient, curvature products and diagonal estimates.
+"""
+
+import abc
+import functools
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
+
+from curvax.estimators import gauss_newton_bartlett, hutchinson_diagonal
+from curvax.objective import Batch, Linearisation, Objective, Params
+from curvax.operators import AbstractCurvature, Fisher, GaussNewton, Hessian
+
+
+class Scope:
+    """The intermediates of one pass over one batch, each traced at most once.
+
+    Lives only while a step is traced.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        params: Params,
+        batch: Batch,
+        key: PRNGKeyArray | None,
+        curvature_batch: Batch | None = None,
+        gradient_from_hessian: bool = False,
+    ):
+        self.objective = objective
+        self.params = params
+        self.batch = batch
+        self.key = key
+        self.curvature_batch = curvature_batch
+        self._gradient_from_hessian = gradient_from_hessian
+
+    @functools.cached_property
+    def curvature(self) -> "Scope":
+        """The scope of the curvature batch: this one, if there is no batch apart."""
+        if self.curvature_batch is None:
+            return self
+        return Scope(self.objective, self.params, self.curvature_batch, self.key)
+
+    @functools.cached_property
+    def linearisation(self) -> Linearisation:
+        """The model's outputs, linearised: one forward pass, residuals kept."""
+        return self.objective.linearise(self.params, self.batch, self.key)
+
+    @functools.cached_property
+    def hessian(self) -> tuple[tuple[Scalar, Params], Any]:
+        """Value and gradient, and the gradient's linear map: forward and backward pass, kept."""
+        evaluate = jax.value_and_grad(lambda p: self.objective.value(p, self.batch, self.key))
+        primal, tangent = jax.linearize(evaluate, self.params)
+        return primal, GradientTangent(tangent)
+
+    @functools.cached_property
+    def value(self) -> Scalar:
+        if self._gradient_from_hessian:
+            return self.hessian[0][0]
+        return self.objective.value_of(self.linearisation, self.batch)
+
+    @functools.cached_property
+    def gradient(self) -> Params:
+        if self._gradient_from_hessian:
+            return self.hessian[0][1]
+        return self.objective.gradient_of(self.linearisation)
+
+    def inside_branch(self) -> "Scope":
+        """A scope for a branch of `lax.cond`: it may read what is there, but what it adds must
+        not leak out of the branch.
+        """
+        inner = Scope(self.objective, self.params, self.batch, self.key, self.curvature_batch)
+        there = self.__dict__
+        inner.__dict__.update(
+            {name: there[name] for name in ("linearisation", "hessian") if name in there}
+        )
+        if self.curvature_batch is not None and "curvature" in there:
+            inner.__dict__["curvature"] = self.curvature.inside_branch()
+        return inner
+
+
+class GradientTangent(eqx.Module):
+    """The linear map of (value, gradient), as that of the gradient alone."""
+
+    tangent: Any
+
+    def __call__(self, vector: Params) -> Params:
+        return self.tangent(vector)[1]
+
+
+class AbstractQuantity(eqx.Module):
+    """Something that a step can be asked to provide. All fields are static."""
+
+    @property
+    @abc.abstractmethod
+    def label(self) -> str:
+        """Its name in tables."""
+
+    @property
+    def random(self) -> bool:
+        """Whether it needs a key."""
+        return False
+
+    @abc.abstractmethod
+    def compute(self, scope: Scope) -> PyTree[Array]:
+        """Its value, from the intermediates of the scope."""
+
+
+class AbstractCurvatureQuantity(AbstractQuantity):
+    """A curvature operator, linearised at the current parameters, on the curvature batch."""
+
+    @abc.abstractmethod
+    def compute(self, scope: Scope) -> AbstractCurvature: ...
+
+
+class GaussNewtonCurvature(AbstractCurvatureQuantity):
+    """The [`GaussNewton`][curvax.GaussNewton] operator."""
+
+    @property
+    def label(self) -> str:
+        return "Gauss-Newton operator"
+
+    def compute(self, scope: Scope) -> GaussNewton:
+        at = scope.curvature
+        return GaussNewton(at.objective, at.params, at.batch, at.key, at.linearisation)
+
+
+class FisherCurvature(AbstractCurvatureQuantity):
+    """The [`Fisher`][curvax.Fisher] operator of a kind."""
+
+    kind: Literal["exact", "mc", "empirical"] = eqx.field(static=True, default="exact")
+    samples: int = eqx.field(static=True, default=1)
+
+    @property
+    def label(self) -> str:
+        return f"Fisher operator ({self.kind})"
+
+    @property
+    def random(self) -> bool:
+        return self.kind == "mc"
+
+    def compute(self, scope: Scope) -> Fisher:
+        at = scope.curvature
+        return Fisher(
+            at.objective, at.params, at.batch, at.key, self.kind, self.samples, at.linearisation
+        )
+
+
+class HessianCurvature(AbstractCurvatureQuantity):
+    """The [`Hessian`][curvax.Hessian] operator."""
+
+    @property
+    def label(self) -> str:
+        return "Hessian operator"
+
+    def compute(self, scope: Scope) -> Hessian:
+        at = scope.curvature
+        return Hessian(at.objective, at.params, at.batch, at.key, at.hessian[1])
+
+
+class BartlettDiagonal(AbstractQuantity):
+    """The Gauss-Newton-Bartlett estimate of the Gauss-Newton diagonal."""
+
+    @property
+    def label(self) -> str:
+        return "Gauss-Newton-Bartlett diagonal"
+
+    @property
+    def random(self) -> bool:
+        return True
+
+    def compute(self, scope: Scope) -> Params:
+        at = scope.curvature
+        assert at.key is not None
+        return gauss_newton_bartlett(at.objective, at.linearisation, at.key)
+
+
+class HutchinsonDiagonal(AbstractQuantity):
+    """Hutchinson's estimate of the Hessian's diagonal."""
+
+    samples: int = eqx.field(static=True, default=1)
+
+    @property
+    def label(self) -> str:
+        return f"Hutchinson diagonal of the Hessian ({self.samples})"
+
+    @property
+    def random(self) -> bool:
+        return True
+
+    def compute(self, scope: Scope) -> Params:
+        assert scope.key is not None
+        key = jax.random.fold_in(scope.key, 2)
+        return hutchinson_diagonal(HessianCurvature().compute(scope), key, self.samples)
+
+
+class GainRatio(AbstractQuantity):
+    """The gain ratio of the step. Known only after the step: an observation says when it is due."""
+
+    @property
+    def label(self) -> str:
+        return "gain ratio"
+
+    def compute(self, scope: Scope) -> None:
+        return None

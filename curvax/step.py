@@ -1,0 +1,209 @@
+"""The fused training step: one linearised pass gives value, gradient, curvature and update."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+
+from curvax import _tree
+from curvax.objective import Batch, Params
+from curvax.plan import GainRatio, Observation
+from curvax.plan.plan import Due
+from curvax.transform import Method, Metrics, SecondOrderState, gain_ratio, measure_when
+
+
+class StepState(NamedTuple):
+    """State of a fused step. `skipped` counts steps not taken because something was not finite."""
+
+    count: Int[Array, ""]
+    optimizer: optax.OptState
+    skipped: Int[Array, ""]
+
+
+class Step:
+    """A training step: `model, state, info = step(model, state, batch, key)`.
+
+    Made by [`make_step`][curvax.make_step]. Called, it compiles one executable for each pattern of
+    due quantities (see `Plan.phase`) and picks the right one on the host; `step.pure` is the same
+    step as a pure function for a `jit` or `scan` of your own, where `lax.cond` decides.
+    """
+
+    def __init__(
+        self,
+        optimizer: optax.GradientTransformationExtraArgs,
+        method: Method,
+        donate: bool = False,
+    ):
+        self.optimizer = optax.with_extra_args_support(optimizer)
+        self.method = method
+        self._compiled = eqx.filter_jit(self._run, donate="all-except-first" if donate else "none")
+        self._outputs: dict[Any, jax.ShapeDtypeStruct] = {}
+        # The count array last handed out, and its value: the phase of the next step is known
+        # without waiting for the device.
+        self._last: tuple[Array, int] | None = None
+
+    def init(self, model: PyTree[Any]) -> StepState:
+        """The state before the first step. **Raises** `ValueError` if nothing can be trained."""
+        params, _ = self.method.objective.bind(model)
+        zero = jnp.zeros((), jnp.int32)
+        return StepState(zero, self.optimizer.init(params), zero)
+
+    def __call__(
+        self,
+        model: PyTree[Any],
+        state: StepState,
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        *,
+        curvature_batch: Batch | None = None,
+    ) -> tuple[PyTree[Any], StepState, Metrics]:
+        """One step. **Raises** `ValueError` for a batch that does not fit model and loss."""
+        self._check(model, batch, key)
+        count = self._host_count(state.count)
+        phase = self.method.plan.phase(count)
+        model, state, info = self._compiled((batch, key, curvature_batch, phase), model, state)
+        self._last = (state.count, count + 1)
+        return model, state, info
+
+    def _run(
+        self, data: tuple[Any, ...], model: PyTree[Any], state: StepState
+    ) -> tuple[PyTree[Any], StepState, Metrics]:
+        batch, key, curvature_batch, phase = data
+        return self.pure(model, state, batch, key, curvature_batch=curvature_batch, phase=phase)
+
+    def pure(
+        self,
+        model: PyTree[Any],
+        state: StepState,
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        *,
+        curvature_batch: Batch | None = None,
+        phase: tuple[Due, ...] | None = None,
+    ) -> tuple[PyTree[Any], StepState, Metrics]:
+        """One step as a pure function; `phase` as from `Plan.phase`, by default that of the
+        state's count, decided by `lax.cond`.
+        """
+        method = self.method
+        phase = method.plan.phase(state.count) if phase is None else phase
+        observation = method.observe(
+            model, batch, key, phase=phase, curvature_batch=curvature_batch, judged_later=True
+        )
+        params, objective = observation.params, observation.objective
+        updates, inner = self.optimizer.update(
+            observation.gradient,
+            state.optimizer,
+            params,
+            observation=observation,
+            value=observation.value,
+            grad=observation.gradient,
+            value_fn=lambda p: objective.value(p, batch, key),
+            key=key,
+        )
+        finite = jnp.isfinite(observation.value) & _tree.all_finite(observation.gradient)
+        finite = finite & _tree.all_finite(updates)
+        accepted = jnp.asarray(True)
+        if method.damping.every is not None:
+            inner, accepted = self._judge(observation, updates, inner)
+        take = finite & accepted
+        moved = optax.apply_updates(params, updates)
+        params = _tree.where(take, moved, params)
+        inner = _keep_buffers(finite, take, inner, state.optimizer)
+        new = StepState(state.count + 1, inner, state.skipped + (~finite).astype(jnp.int32))
+        return eqx.combine(params, model), new, _methods(inner)[0].metrics
+
+    def _judge(
+        self, observation: Observation, updates: Params, inner: optax.OptState
+    ) -> tuple[optax.OptState, Bool[Array, ""]]:
+        method = self.method
+        due = observation.due(GainRatio())
+        operator = observation[method.curvature]
+        measure = lambda: gain_ratio(observation, operator, observation.gradient, updates)
+        ratio = measure_when(due, measure)
+        judged = jax.tree.map(
+            lambda node: method.judge(node, ratio, due)[0] if _is_method(node) else node,
+            inner,
+            is_leaf=_is_method,
+        )
+        accepted = jnp.stack([node.metrics.accepted for node in _methods(judged)])
+        return judged, jnp.all(accepted)
+
+    def _check(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None) -> None:
+        """Shapes once for each kind of batch; values of targets whenever the host has them."""
+        kind = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(batch))
+        if kind not in self._outputs:
+            params, objective = self.method.objective.bind(model)
+            self._outputs[kind] = objective.check(params, batch, key)
+            return
+        target = self.method.objective.example(batch).target
+        if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(target)):
+            self.method.objective.loss.check(self._outputs[kind], target)
+
+    def _host_count(self, count: Array) -> int:
+        if self.method.plan.period == 1:
+            return 0
+        if self._last is not None and self._last[0] is count:
+            return self._last[1]
+        return int(count)
+
+    def describe(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None) -> str:
+        """See [`Method.describe`][curvax.Method]."""
+        return self.method.describe(model, batch, key)
+
+
+def make_step(
+    optimizer: optax.GradientTransformation, method: Method, *, donate: bool = False
+) -> Step:
+    """A fused training step for an Optax optimizer that contains a method of curvax.
+
+    **Arguments:**
+
+    - `optimizer`: the whole optimizer, such as `optax.chain(method, optax.scale_by_learning_rate(
+      1.0))`; `method`: the method inside it, which says what a step must observe.
+    - `donate`: let a call reuse the memory of the model and the state that it is given; they
+      cannot be used afterwards.
+
+    A step whose loss, gradient or update is not finite is skipped: model and every buffer of the
+    optimizer stay as they were, and `state.skipped` counts it.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"method: got a {type(method).__name__}, wanted a method of curvax (such as "
+            "curvax.methods.ggn_cg(...)); give the whole chain as `optimizer`."
+        )
+    return Step(optimizer, method, donate)
+
+
+def _is_method(node: Any) -> bool:
+    return isinstance(node, SecondOrderState)
+
+
+def _methods(state: optax.OptState) -> list[SecondOrderState]:
+    found = [node for node in jax.tree.leaves(state, is_leaf=_is_method) if _is_method(node)]
+    if not found:
+        raise ValueError(
+            "optimizer: its state holds no state of a curvax method; build it around `method`."
+        )
+    return found
+
+
+def _keep_buffers(
+    finite: Bool[Array, ""],
+    take: Bool[Array, ""],
+    new: optax.OptState,
+    old: optax.OptState,
+) -> optax.OptState:
+    """The new state where the step is taken; else the old, but for what a method learned."""
+
+    def pick(new: Any, old: Any) -> Any:
+        if _is_method(new):
+            kept = _tree.where(finite, new, old)
+            skipped = old.skipped + (~finite).astype(jnp.int32)
+            return kept._replace(count=new.count, skipped=skipped, metrics=new.metrics)
+        return jnp.where(take, new, old) if eqx.is_array(new) else new
+
+    return jax.tree.map(pick, new, old, is_leaf=_is_method)

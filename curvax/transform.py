@@ -1,0 +1,317 @@
+"""Curvature, damping, preconditioner and solver, composed into an Optax transformation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
+
+from curvax import _tree
+from curvax.damping import AbstractDamping, DampingState, Gain, as_damping
+from curvax.objective import Batch, Objective, Params, fill_masked, is_masked_tree
+from curvax.operators import AbstractCurvature, AbstractOutputCurvature, Damped
+from curvax.operators.algebra import quadratic_form
+from curvax.plan import AbstractCurvatureQuantity, GainRatio, Observation, Plan, Requirement
+from curvax.plan.describe import describe
+from curvax.preconditioners import AbstractPreconditioner
+from curvax.solvers import CG, RowSpace, row_factor
+
+
+class Metrics(NamedTuple):
+    """Telemetry of one step: scalars, always the same ones; NaN (or −1) where not measured."""
+
+    value: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    solution_norm: Float[Array, ""]
+    damping: Float[Array, ""]
+    radius: Float[Array, ""]
+    gain_ratio: Float[Array, ""]
+    solver_steps: Int[Array, ""]
+    solver_residual: Float[Array, ""]
+    accepted: Bool[Array, ""]
+    finite: Bool[Array, ""]
+
+
+class SecondOrderState(NamedTuple):
+    """State of a method: everything people look at, by name (`optax.tree_utils.tree_get`).
+
+    `solution` is the warm start of the solver (None without one), `skipped` counts the steps not
+    taken because something was not finite, `rejected` those not taken because of their gain.
+    """
+
+    count: Int[Array, ""]
+    damping: DampingState
+    solution: Params | None
+    preconditioner: Any
+    skipped: Int[Array, ""]
+    rejected: Int[Array, ""]
+    metrics: Metrics
+
+
+class Method(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that also says what it needs.
+
+    `objective` and `plan` are what a fused step is made from; `observe` makes an observation by
+    hand; `judge` feeds the gain ratio of a finished step back into a state.
+    """
+
+    objective: Objective
+    plan: Plan
+    curvature: AbstractCurvatureQuantity
+    damping: AbstractDamping
+    solver: lx.AbstractLinearSolver
+
+    def observe(
+        self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None, **options: Any
+    ) -> Observation:
+        """Value, gradient and what else the method needs of a batch, each computed once.
+
+        Pass it on as `update(observation.gradient, state, params, observation=observation)`.
+        """
+        params, objective = self.objective.bind(model)
+        return self.plan.observe(objective, params, batch, key, **options)
+
+    def describe(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None) -> str:
+        """A table of what a step computes, for whom, how often and at what cost, and of what the
+        state holds. Nothing is run.
+        """
+        return describe(self, model, batch, key)
+
+    def judge(
+        self, state: SecondOrderState, ratio: Scalar, due: bool | Bool[Array, ""]
+    ) -> tuple[SecondOrderState, Bool[Array, ""]]:
+        """The state after a step with this gain ratio, and whether to take the step."""
+        gain = Gain(ratio, state.metrics.solution_norm)
+        accepted = jnp.asarray(self.damping.accepts(gain)) | ~jnp.asarray(due)
+        damping = _tree.where(due, self.damping.update(state.damping, gain), state.damping)
+        metrics = state.metrics._replace(
+            gain_ratio=jnp.where(due, ratio, jnp.nan).astype(jnp.float32), accepted=accepted
+        )
+        rejected = state.rejected + (~accepted).astype(jnp.int32)
+        return state._replace(damping=damping, metrics=metrics, rejected=rejected), accepted
+
+
+def second_order(
+    objective: Objective,
+    *,
+    curvature: AbstractCurvatureQuantity,
+    solver: lx.AbstractLinearSolver,
+    damping: AbstractDamping | ScalarLike,
+    preconditioner: AbstractPreconditioner | None = None,
+    warm_start: float | None = None,
+) -> Method:
+    """The transformation g ↦ (A + λI)⁻¹ g.
+
+    Like `optax.scale_by_adam` it returns the direction with the sign of the gradient: chain it
+    with `optax.scale_by_learning_rate`.
+
+    **Arguments:**
+
+    - `objective`: what is minimised.
+    - `curvature`: which A, as a quantity of the plan.
+    - `solver`: any lineax solver.
+    - `damping`: a policy, or a number for a constant λ.
+    - `preconditioner`: for solvers that take one.
+    - `warm_start`: start the solver from the last solution times this factor (Martens 2010 decays
+      it); None starts from zero.
+
+    Its `update(grads, state, params, *, observation=None, batch=None, key=None,
+    curvature_batch=None)` needs an `observation` (see [`Method`][curvax.Method]) or a `batch`, and
+    **raises** `ValueError` without either. A curvature batch, if given, is where A lives; the gain
+    ratio is always measured on the batch of the gradient, for the full step −(A + λI)⁻¹g. (In a
+    fused step it is measured for the update that the whole chain made.)
+    """
+    damping = as_damping(damping)
+    gain = GainRatio()
+    requirements = [Requirement(curvature, "solver")]
+    if preconditioner is not None:
+        requirements.extend(preconditioner.requirements())
+    if damping.every is not None:
+        requirements.append(Requirement(gain, "damping", damping.every))
+    plan = Plan(requirements)
+
+    def init(params: Params) -> SecondOrderState:
+        zero = jnp.zeros((), jnp.int32)
+        return SecondOrderState(
+            count=zero,
+            damping=damping.init(),
+            solution=None if warm_start is None else _tree.zeros_like(params),
+            preconditioner=None if preconditioner is None else preconditioner.init(params),
+            skipped=zero,
+            rejected=zero,
+            metrics=_no_metrics(),
+        )
+
+    def update(
+        updates: Params,
+        state: SecondOrderState,
+        params: Params | None = None,
+        *,
+        observation: Observation | None = None,
+        batch: Batch | None = None,
+        key: PRNGKeyArray | None = None,
+        curvature_batch: Batch | None = None,
+        **extra: Any,
+    ) -> tuple[Params, SecondOrderState]:
+        del extra
+        if observation is None:
+            observation = _observe_in_update(
+                plan, objective, updates, state.count, params, batch, key, curvature_batch
+            )
+        operator = observation[curvature]
+        if is_masked_tree(updates):
+            operator = operator.restrict(updates)
+        level = damping.at(state.damping, state.count)
+        memory = state.preconditioner
+        if preconditioner is not None:
+            memory = preconditioner.update(memory, observation)
+        damped = Damped(operator, level.value)
+
+        options: dict[str, Any] = {}
+        if preconditioner is not None:
+            options["preconditioner"] = preconditioner.operator(memory, level.value)
+        if state.solution is not None:
+            assert warm_start is not None
+            options["y0"] = _tree.scale(warm_start, state.solution)
+        if isinstance(solver, CG):
+            options["radius"] = level.radius
+        if isinstance(solver, RowSpace):
+            rows = _rows_of_gradient(operator, observation, updates)
+            if rows is not None:
+                options["rows"] = rows
+        solution, _, stats = solver.compute(solver.init(damped, options), updates, options)
+        solution = _shorten(solution, level.radius)
+        length = _tree.norm(solution)
+
+        gradient_norm = _tree.norm(updates)
+        finite = (
+            jnp.isfinite(observation.value) & jnp.isfinite(gradient_norm) & jnp.isfinite(length)
+        )
+        metrics = Metrics(
+            value=_f32(observation.value),
+            gradient_norm=_f32(gradient_norm),
+            solution_norm=_f32(length),
+            damping=_f32(level.value),
+            radius=_f32(level.radius),
+            gain_ratio=_f32(jnp.nan),
+            solver_steps=jnp.asarray(stats.get("num_steps", -1), jnp.int32),
+            solver_residual=_f32(stats.get("residual_norm", jnp.nan)),
+            accepted=jnp.asarray(True),
+            finite=finite,
+        )
+        new = state._replace(
+            damping=level,
+            solution=None if state.solution is None else _tree.cast(solution, state.solution),
+            preconditioner=memory,
+            metrics=metrics,
+        )
+        accepted = jnp.asarray(True)
+        if damping.every is not None and not observation.judged_later:
+            due = observation.due(gain)
+            step = _tree.scale(-1.0, solution)
+            measure = lambda: gain_ratio(observation, operator, updates, step)
+            new, accepted = method.judge(new, measure_when(due, measure), due)
+        new = skip(finite, new, state, metrics)
+        direction = _tree.where(finite & accepted, solution, _tree.zeros_like(solution))
+        return _tree.cast(direction, updates if params is None else params), new
+
+    method = Method(init, update)
+    method.objective, method.plan, method.curvature = objective, plan, curvature
+    method.damping, method.solver = damping, solver
+    return method
+
+
+def gain_ratio(
+    observation: Observation, operator: AbstractCurvature, gradient: Params, step: Params
+) -> Float[Array, ""]:
+    """ρ of a step: actual over predicted decrease, on the batch of the observation.
+
+    −∞ where the step leads to a value that is not finite, or where the model promises no decrease
+    and there is none.
+    """
+    full_step = fill_masked(step, _tree.structure(observation.params))
+    moved = _tree.add(observation.params, full_step)
+    trial = observation.objective.value(moved, observation.batch, observation.key)
+    actual = observation.value - trial
+    predicted = -(_tree.dot(gradient, step) + 0.5 * quadratic_form(operator, step))
+    ratio = actual / jnp.where(predicted > 0, predicted, jnp.inf)
+    ratio = jnp.where((predicted > 0) | (actual > 0), ratio, -jnp.inf)
+    return _f32(jnp.where(jnp.isfinite(trial), ratio, -jnp.inf))
+
+
+def skip(
+    finite: Bool[Array, ""], new: SecondOrderState, old: SecondOrderState, metrics: Metrics
+) -> SecondOrderState:
+    """`new`, or if something was not finite `old` with one more step skipped."""
+    kept = _tree.where(finite, new, old)
+    metrics = _tree.where(finite, new.metrics, metrics)
+    skipped = old.skipped + (~finite).astype(jnp.int32)
+    return kept._replace(count=old.count + 1, skipped=skipped, metrics=metrics)
+
+
+def _observe_in_update(
+    plan: Plan,
+    objective: Objective,
+    updates: Params,
+    count: Array,
+    params: Params | None,
+    batch: Batch | None,
+    key: PRNGKeyArray | None,
+    curvature_batch: Batch | None,
+) -> Observation:
+    if batch is None:
+        raise ValueError(
+            "update: got neither `observation` nor `batch`, and this method needs one of them. In "
+            "a loop of your own pass optimizer.update(grads, state, params, batch=batch); for a "
+            "step that computes everything once, use curvax.make_step(optimizer, method)."
+        )
+    if params is None:
+        raise ValueError("update: got params=None, wanted the parameters, to evaluate `batch` at.")
+    if is_masked_tree(updates):
+        raise ValueError(
+            "update: under optax.masked or optax.partition the method sees only some of the "
+            "parameters, and cannot evaluate `batch`. Pass observation=method.observe(model, "
+            "batch, key) instead."
+        )
+    bound, objective = objective.bind(params)
+    return plan.observe(
+        objective, bound, batch, key, phase=plan.phase(count), curvature_batch=curvature_batch
+    )
+
+
+def _rows_of_gradient(
+    operator: AbstractCurvature, observation: Observation, updates: Params
+) -> Array | None:
+    """Row coordinates of the gradient, if it is still the loss's own gradient on these rows.
+
+    The identity check is made while tracing: anything that changed the gradient on the way (a
+    clip, a mask, an l2 term) made a new tree.
+    """
+    own = updates is observation.gradient and observation.curvature_on_batch
+    if not own or observation.objective.l2 or not isinstance(operator, AbstractOutputCurvature):
+        return None
+    return row_factor(operator).gradient_rows()
+
+
+def _shorten(solution: Params, radius: Scalar) -> Params:
+    length = _tree.norm(solution)
+    return _tree.scale(jnp.minimum(1.0, radius / jnp.maximum(length, 1e-30)), solution)
+
+
+def measure_when(due: bool | Array, measure: Callable[[], Array]) -> Array:
+    """A measurement where it is due, NaN where not."""
+    if isinstance(due, bool):
+        return measure() if due else _f32(jnp.nan)
+    return jax.lax.cond(due, measure, lambda: _f32(jnp.nan))
+
+
+def _no_metrics() -> Metrics:
+    nan, unset = _f32(jnp.nan), jnp.asarray(-1, jnp.int32)
+    return Metrics(nan, nan, nan, nan, nan, nan, unset, nan, jnp.asarray(True), jnp.asarray(True))
+
+
+def _f32(x: Any) -> Float[Array, ""]:
+    return jnp.asarray(x).astype(jnp.float32)
