@@ -9,12 +9,26 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Inexact, PyTree, Scalar
+from jaxtyping import Array, Bool, PyTree, Scalar
 
 
 def accumulation_dtype(*dtypes) -> jnp.dtype:
     """The dtype in which reductions over leaves of the given dtypes are carried out."""
-    return jnp.result_type(jnp.float32, *dtypes)
+    return _result_type(jnp.float32, *dtypes)
+
+
+def _result_type(*dtypes) -> jnp.dtype:
+    """`jnp.result_type`, also where strict promotion would refuse to mix them."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def _times(c: Scalar | float, x: Array) -> Array:
+    """c·x, in the dtype that holds both."""
+    if not hasattr(c, "dtype"):
+        return c * x
+    dtype = _result_type(c.dtype, x.dtype)
+    return c.astype(dtype) * x.astype(dtype)
 
 
 def dot(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
@@ -46,15 +60,20 @@ def sub(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
 
 def scale(c: Scalar | float, a: PyTree[Array]) -> PyTree[Array]:
     """c·a, in the dtypes of `a`."""
-    return jax.tree.map(lambda x: (c * x).astype(x.dtype), a)
+    return jax.tree.map(lambda x: _times(c, x).astype(x.dtype), a)
 
 
 def add_scaled(a: PyTree[Array], c: Scalar | float, b: PyTree[Array]) -> PyTree[Array]:
     """a + c·b, in the dtypes of `a`."""
-    return jax.tree.map(lambda x, y: (x + c * y).astype(x.dtype), a, b)
+    def leaf(x: Array, y: Array) -> Array:
+        step = _times(c, y)
+        dtype = _result_type(x.dtype, step.dtype)
+        return (x.astype(dtype) + step.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(leaf, a, b)
 
 
-def zeros_like(a: PyTree[Array]) -> PyTree[Array]:
+def zeros_like(a: PyTree) -> PyTree[Array]:
     """Zeros of the structure of `a`."""
     return jax.tree.map(jnp.zeros_like, a)
 
@@ -70,12 +89,12 @@ def all_finite(a: PyTree[Array]) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
 
 
-def cast(a: PyTree[Array], like: PyTree[Inexact[Array, "..."]]) -> PyTree[Array]:
+def cast(a: PyTree, like: PyTree) -> PyTree[Array]:
     """`a` with each leaf in the dtype of the matching leaf of `like`."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), a, like)
 
 
-def structure(a: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
+def structure(a: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the leaves of `a`."""
     return jax.eval_shape(lambda: a)
 
@@ -91,7 +110,7 @@ def nbytes(a: PyTree) -> int:
 
 
 def random_like(
-    key: Array, a: PyTree[Array], sampler: Callable[..., Array] = jax.random.normal
+    key: Array, a: PyTree, sampler: Callable[..., Array] = jax.random.normal
 ) -> PyTree[Array]:
     """Independent draws of `sampler(key, shape, dtype)` in the structure of `a`."""
     leaves, treedef = jax.tree.flatten(a)
@@ -108,7 +127,7 @@ def paths(a: PyTree) -> list[str]:
 def common_dtype(*trees: PyTree) -> jnp.dtype:
     """The dtype that holds every leaf of the given trees."""
     dtypes = [leaf.dtype for tree in trees for leaf in jax.tree.leaves(tree)]
-    return jnp.result_type(*dtypes) if dtypes else jnp.dtype(jnp.float32)
+    return _result_type(*dtypes) if dtypes else jnp.dtype(jnp.float32)
 
 
 def ravel(a: PyTree[Array], dtype=None) -> Array:

@@ -54,7 +54,7 @@ def _check_shape(name: str, x: Any, wanted: tuple[int, ...], why: str) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted {wanted} ({why})")
 
 
-def _check_range(name: str, x: Any, low: float, high: float) -> None:
+def _check_range(name: str, x: Any, low: int | float, high: int | float) -> None:
     """Raises for the first entry outside [low, high], if the entries of `x` can be read now."""
     if isinstance(x, Tracer | jax.ShapeDtypeStruct) or (low, high) == (-np.inf, np.inf):
         return
@@ -160,7 +160,7 @@ class _AbstractDiagonalLoss(AbstractLoss):
 class _AbstractElementwiseLoss(_AbstractDiagonalLoss):
     """ℓ(z, y) = Σᵢ φ(zᵢ, yᵢ), y of the shape of z, with φ'' ≥ 0 a function of z alone."""
 
-    _support: ClassVar[tuple[float, float]]  # the range of the targets
+    _support: ClassVar[tuple[int | float, int | float]]  # the range of the targets
 
     @abc.abstractmethod
     def _terms(self, z: Array, y: Array) -> Array:
@@ -218,7 +218,7 @@ class SquaredError(_AbstractElementwiseLoss):
     half: bool = eqx.field(default=True, static=True)
     event_ndim: int | None = eqx.field(default=None, static=True)
     convex: bool = eqx.field(default=True, static=True, init=False)
-    _support: ClassVar[tuple[float, float]] = (-np.inf, np.inf)
+    _support: ClassVar[tuple[int | float, int | float]] = (-np.inf, np.inf)
 
     def _terms(self, z, y):
         return (0.5 if self.half else 1.0) * (z - y) ** 2
@@ -240,7 +240,7 @@ class SigmoidCrossEntropy(_AbstractElementwiseLoss):
 
     event_ndim: int | None = eqx.field(default=None, static=True)
     convex: bool = eqx.field(default=True, static=True, init=False)
-    _support: ClassVar[tuple[float, float]] = (0, 1)
+    _support: ClassVar[tuple[int | float, int | float]] = (0, 1)
 
     def _terms(self, z, y):
         # softplus(z) − y z would cancel for large z; for y in {0, 1} one of the two terms is 0.
@@ -266,7 +266,7 @@ class Poisson(_AbstractElementwiseLoss):
 
     event_ndim: int | None = eqx.field(default=None, static=True)
     convex: bool = eqx.field(default=True, static=True, init=False)
-    _support: ClassVar[tuple[float, float]] = (0, np.inf)
+    _support: ClassVar[tuple[int | float, int | float]] = (0, np.inf)
 
     def _terms(self, z, y):
         return jnp.exp(z) - y * z

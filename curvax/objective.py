@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from curvax import _tree
 from curvax.losses import AbstractLoss
 
-Batch = PyTree[Array]
-Params = PyTree[Array]
+# Leaves are JAX arrays, NumPy's, or their shapes where nothing is computed.
+Batch = PyTree[Any]
+Params = PyTree[Any]
 
 
 class Example(NamedTuple):
@@ -188,7 +189,7 @@ class Objective(eqx.Module):
         self.split = split
         # Arrays are ordinary leaves; what is left (functions, sizes) is kept flat, so that it is
         # hashable and an objective passes through jit, scan and vmap like any array.
-        self.frozen, skeleton = eqx.partition(static, _is_any_array)
+        self.frozen, skeleton = eqx.partition(static, is_array)
         leaves, treedef = jax.tree.flatten(skeleton)
         self.skeleton = (tuple(leaves), treedef)
 
@@ -284,11 +285,9 @@ class Objective(eqx.Module):
             )
         if 0 in lengths.values():
             raise ValueError("batch: got 0 examples, wanted at least 1.")
-        return example
+        return _without_masked(example)
 
-    def outputs(
-        self, params: Params, x: PyTree[Array], key: PRNGKeyArray | None = None
-    ) -> Float[Array, "batch ..."]:
+    def outputs(self, params: Params, x: PyTree[Any], key: PRNGKeyArray | None = None) -> Array:
         """The model's outputs on a batch of inputs."""
         model = self.model(params)
         if not self.stochastic:
@@ -436,13 +435,45 @@ class Objective(eqx.Module):
         return jax.vmap(one, (0, 1, 0))(x, cotangents, self._example_keys(x, key))
 
 
-def _is_any_array(leaf: Any) -> bool:
+def _without_masked(example: Example) -> Example:
+    """The example with 0 for what would poison a derivative of masked events: 0·NaN is NaN.
+
+    That is, entries of x that are not finite where a whole example is masked; targets that are
+    not finite, and integer targets (an ignored label is often −100), where an event is masked.
+    """
+    weight = example.weight
+    if not is_array(weight):
+        return example
+    masked = ~(weight > 0)
+
+    def silence(leaf: Any, mask: Any, integers: bool) -> Any:
+        if not is_array(leaf) or leaf.shape[: mask.ndim] != mask.shape:
+            return leaf
+        on_host = isinstance(leaf, np.ndarray) and isinstance(mask, np.ndarray)
+        xp = np if on_host else jnp
+        mask = mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            mask = mask & ~xp.isfinite(leaf)
+        elif not (integers and jnp.issubdtype(leaf.dtype, jnp.integer)):
+            return leaf
+        return xp.where(mask, xp.zeros((), leaf.dtype), leaf)
+
+    whole = masked.all(axis=tuple(range(1, masked.ndim)))
+    return Example(
+        jax.tree.map(lambda leaf: silence(leaf, whole, integers=False), example.x),
+        jax.tree.map(lambda leaf: silence(leaf, masked, integers=True), example.target),
+        weight,
+    )
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, of JAX or of NumPy."""
     return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def is_parameter(leaf: Any) -> bool:
     """Whether a leaf of a model is trained: a floating-point array."""
-    return _is_any_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _describe_leaves(tree: PyTree[Any]) -> str:

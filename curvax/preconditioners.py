@@ -68,7 +68,7 @@ class DiagonalPreconditioner(AbstractPreconditioner):
             return state
         fresh = keep_unmasked(state.average, observation[self.estimate])
         average = jax.tree.map(
-            lambda a, d: (self.decay * a + (1 - self.decay) * d).astype(a.dtype),
+            lambda a, d: (self.decay * a + (1 - self.decay) * d.astype(a.dtype)).astype(a.dtype),
             state.average,
             fresh,
         )
@@ -79,7 +79,9 @@ class DiagonalPreconditioner(AbstractPreconditioner):
         weight = jnp.where(state.weight > 0, state.weight, 1)
 
         def inverse(average: Array) -> Array:
-            entries = jnp.abs(average / weight.astype(average.dtype)) + damping
+            dtype = _tree.accumulation_dtype(average.dtype)
+            mean = average.astype(dtype) / weight.astype(dtype)
+            entries = jnp.abs(mean) + jnp.asarray(damping, dtype)
             return jnp.power(entries, -self.exponent).astype(average.dtype)
 
         return Diagonal(jax.tree.map(inverse, state.average))

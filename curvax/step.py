@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from curvax import _tree
-from curvax.objective import Batch, Params
+from curvax.objective import Batch, Params, is_array
 from curvax.plan import GainRatio, Observation
 from curvax.plan.plan import Due
 from curvax.transform import Method, Metrics, SecondOrderState, gain_ratio, measure_when
@@ -34,13 +34,19 @@ class Step:
 
     def __init__(
         self,
-        optimizer: optax.GradientTransformationExtraArgs,
+        optimizer: optax.GradientTransformation,
         method: Method,
         donate: bool = False,
     ):
-        self.optimizer = optax.with_extra_args_support(optimizer)
+        # `optax.MultiSteps` is no GradientTransformation, and takes extra arguments as it is.
+        plain = isinstance(optimizer, optax.GradientTransformation)
+        self.optimizer = optax.with_extra_args_support(optimizer) if plain else optimizer
         self.method = method
-        self._compiled = eqx.filter_jit(self._run, donate="all-except-first" if donate else "none")
+        # Plain `jit`, with what is no array in the model as a static argument: on a small model
+        # the host's share of a step counts.
+        self._compiled = jax.jit(
+            self._run, static_argnums=(5, 6), donate_argnums=(0, 1) if donate else ()
+        )
         self._outputs: dict[Any, jax.ShapeDtypeStruct] = {}
         # The count array last handed out, and its value: the phase of the next step is known
         # without waiting for the device.
@@ -49,8 +55,8 @@ class Step:
     def init(self, model: PyTree[Any]) -> StepState:
         """The state before the first step. **Raises** `ValueError` if nothing can be trained."""
         params, _ = self.method.objective.bind(model)
-        zero = jnp.zeros((), jnp.int32)
-        return StepState(zero, self.optimizer.init(params), zero)
+        count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return StepState(count, self.optimizer.init(params), skipped)
 
     def __call__(
         self,
@@ -65,15 +71,32 @@ class Step:
         self._check(model, batch, key)
         count = self._host_count(state.count)
         phase = self.method.plan.phase(count)
-        model, state, info = self._compiled((batch, key, curvature_batch, phase), model, state)
+        leaves, treedef = jax.tree.flatten(model)
+        arrays = [leaf if is_array(leaf) else None for leaf in leaves]
+        others = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+        arrays, state, info = self._compiled(
+            arrays, state, batch, key, curvature_batch, (treedef, others), phase
+        )
         self._last = (state.count, count + 1)
-        return model, state, info
+        return _merge(arrays, others, treedef), state, info
 
     def _run(
-        self, data: tuple[Any, ...], model: PyTree[Any], state: StepState
-    ) -> tuple[PyTree[Any], StepState, Metrics]:
-        batch, key, curvature_batch, phase = data
-        return self.pure(model, state, batch, key, curvature_batch=curvature_batch, phase=phase)
+        self,
+        arrays: list[Any],
+        state: StepState,
+        batch: Batch,
+        key: PRNGKeyArray | None,
+        curvature_batch: Batch | None,
+        static: tuple[Any, tuple[Any, ...]],
+        phase: tuple[Due, ...],
+    ) -> tuple[list[Any], StepState, Metrics]:
+        treedef, others = static
+        model = _merge(arrays, others, treedef)
+        model, state, info = self.pure(
+            model, state, batch, key, curvature_batch=curvature_batch, phase=phase
+        )
+        leaves = jax.tree.leaves(model)
+        return [leaf if is_array(leaf) else None for leaf in leaves], state, info
 
     def pure(
         self,
@@ -104,8 +127,10 @@ class Step:
             value_fn=lambda p: objective.value(p, batch, key),
             key=key,
         )
-        finite = jnp.isfinite(observation.value) & _tree.all_finite(observation.gradient)
-        finite = finite & _tree.all_finite(updates)
+        finite = jnp.isfinite(observation.value) & _tree.all_finite(updates)
+        # A method that could not solve gives zeros, and counts them: no step either.
+        for before, after in zip(_methods(state.optimizer), _methods(inner), strict=True):
+            finite = finite & (after.skipped == before.skipped)
         accepted = jnp.asarray(True)
         if method.damping.every is not None:
             inner, accepted = self._judge(observation, updates, inner)
@@ -134,7 +159,9 @@ class Step:
 
     def _check(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None) -> None:
         """Shapes once for each kind of batch; values of targets whenever the host has them."""
-        kind = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(batch))
+        kind = tuple(
+            (leaf.shape, leaf.dtype) if is_array(leaf) else leaf for leaf in jax.tree.leaves(batch)
+        )
         if kind not in self._outputs:
             params, objective = self.method.objective.bind(model)
             self._outputs[kind] = objective.check(params, batch, key)
@@ -178,6 +205,13 @@ def make_step(
     return Step(optimizer, method, donate)
 
 
+def _merge(arrays: list[Any], others: tuple[Any, ...], treedef: Any) -> PyTree[Any]:
+    leaves = [
+        other if array is None else array for array, other in zip(arrays, others, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, leaves)
+
+
 def _is_method(node: Any) -> bool:
     return isinstance(node, SecondOrderState)
 
@@ -203,7 +237,8 @@ def _keep_buffers(
         if _is_method(new):
             kept = _tree.where(finite, new, old)
             skipped = old.skipped + (~finite).astype(jnp.int32)
-            return kept._replace(count=new.count, skipped=skipped, metrics=new.metrics)
+            metrics = new.metrics._replace(finite=finite)
+            return kept._replace(count=new.count, skipped=skipped, metrics=metrics)
         return jnp.where(take, new, old) if eqx.is_array(new) else new
 
     return jax.tree.map(pick, new, old, is_leaf=_is_method)

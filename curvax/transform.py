@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from curvax import _tree
+from curvax._convolution import loop_safe
 from curvax.damping import AbstractDamping, DampingState, Gain, as_damping
 from curvax.objective import Batch, Objective, Params, fill_masked, is_masked_tree
 from curvax.operators import AbstractCurvature, AbstractOutputCurvature, Damped
@@ -17,7 +18,7 @@ from curvax.operators.algebra import quadratic_form
 from curvax.plan import AbstractCurvatureQuantity, GainRatio, Observation, Plan, Requirement
 from curvax.plan.describe import describe
 from curvax.preconditioners import AbstractPreconditioner
-from curvax.solvers import CG, RowSpace, row_factor
+from curvax.solvers import CG, RowSpace, StopReason, row_factor
 
 
 class Metrics(NamedTuple):
@@ -86,7 +87,8 @@ class Method(optax.GradientTransformationExtraArgs):
         """The state after a step with this gain ratio, and whether to take the step."""
         gain = Gain(ratio, state.metrics.solution_norm)
         accepted = jnp.asarray(self.damping.accepts(gain)) | ~jnp.asarray(due)
-        damping = _tree.where(due, self.damping.update(state.damping, gain), state.damping)
+        learned = self.damping.update(state.damping, gain)
+        damping = _tree.where(jnp.asarray(due), learned, state.damping)
         metrics = state.metrics._replace(
             gain_ratio=jnp.where(due, ratio, jnp.nan).astype(jnp.float32), accepted=accepted
         )
@@ -134,14 +136,15 @@ def second_order(
     plan = Plan(requirements)
 
     def init(params: Params) -> SecondOrderState:
-        zero = jnp.zeros((), jnp.int32)
+        # One array each: a buffer that stands twice in a state cannot be donated.
+        zero = lambda: jnp.zeros((), jnp.int32)
         return SecondOrderState(
-            count=zero,
+            count=zero(),
             damping=damping.init(),
             solution=None if warm_start is None else _tree.zeros_like(params),
             preconditioner=None if preconditioner is None else preconditioner.init(params),
-            skipped=zero,
-            rejected=zero,
+            skipped=zero(),
+            rejected=zero(),
             metrics=_no_metrics(),
         )
 
@@ -176,20 +179,22 @@ def second_order(
         if state.solution is not None:
             assert warm_start is not None
             options["y0"] = _tree.scale(warm_start, state.solution)
-        if isinstance(solver, CG):
+        if damping.bounded and isinstance(solver, CG):
             options["radius"] = level.radius
         if isinstance(solver, RowSpace):
             rows = _rows_of_gradient(operator, observation, updates)
             if rows is not None:
                 options["rows"] = rows
         solution, _, stats = solver.compute(solver.init(damped, options), updates, options)
-        solution = _shorten(solution, level.radius)
+        if damping.bounded:
+            solution = _shorten(solution, level.radius)
         length = _tree.norm(solution)
 
         gradient_norm = _tree.norm(updates)
         finite = (
             jnp.isfinite(observation.value) & jnp.isfinite(gradient_norm) & jnp.isfinite(length)
         )
+        finite = finite & _tree.all_finite(memory) & ~_came_to_nothing(stats)
         metrics = Metrics(
             value=_f32(observation.value),
             gradient_norm=_f32(gradient_norm),
@@ -230,16 +235,20 @@ def gain_ratio(
     """ρ of a step: actual over predicted decrease, on the batch of the observation.
 
     −∞ where the step leads to a value that is not finite, or where the model promises no decrease
-    and there is none.
+    and there is none; NaN for a step of length zero (a learning rate of zero, a step that
+    `optax.MultiSteps` only accumulates), of which there is nothing to judge.
     """
     full_step = fill_masked(step, _tree.structure(observation.params))
     moved = _tree.add(observation.params, full_step)
     trial = observation.objective.value(moved, observation.batch, observation.key)
-    actual = observation.value - trial
-    predicted = -(_tree.dot(gradient, step) + 0.5 * quadratic_form(operator, step))
+    slope, curvature = _tree.dot(gradient, step), quadratic_form(operator, step)
+    dtype = _tree.accumulation_dtype(trial.dtype, slope.dtype, curvature.dtype)
+    actual = observation.value.astype(dtype) - trial.astype(dtype)
+    predicted = -(slope.astype(dtype) + 0.5 * curvature.astype(dtype))
     ratio = actual / jnp.where(predicted > 0, predicted, jnp.inf)
     ratio = jnp.where((predicted > 0) | (actual > 0), ratio, -jnp.inf)
-    return _f32(jnp.where(jnp.isfinite(trial), ratio, -jnp.inf))
+    ratio = jnp.where(jnp.isfinite(trial), ratio, -jnp.inf)
+    return _f32(jnp.where(_tree.dot(step, step) == 0, jnp.nan, ratio))
 
 
 def skip(
@@ -298,6 +307,7 @@ def _rows_of_gradient(
 
 def _shorten(solution: Params, radius: Scalar) -> Params:
     length = _tree.norm(solution)
+    radius = radius.astype(length.dtype)
     return _tree.scale(jnp.minimum(1.0, radius / jnp.maximum(length, 1e-30)), solution)
 
 
@@ -305,12 +315,22 @@ def measure_when(due: bool | Array, measure: Callable[[], Array]) -> Array:
     """A measurement where it is due, NaN where not."""
     if isinstance(due, bool):
         return measure() if due else _f32(jnp.nan)
-    return jax.lax.cond(due, measure, lambda: _f32(jnp.nan))
+    return jax.lax.cond(due, loop_safe(measure), lambda: _f32(jnp.nan))
+
+
+def _came_to_nothing(stats: dict[str, Any]) -> Bool[Array, ""]:
+    """Whether CG met a value that is not finite before its first step: it then returns where it
+    started, which is finite but no solution.
+    """
+    if "stop" not in stats:
+        return jnp.asarray(False)
+    return (stats["stop"] == StopReason.nonfinite.value) & (stats["num_steps"] == 0)
 
 
 def _no_metrics() -> Metrics:
-    nan, unset = _f32(jnp.nan), jnp.asarray(-1, jnp.int32)
-    return Metrics(nan, nan, nan, nan, nan, nan, unset, nan, jnp.asarray(True), jnp.asarray(True))
+    nan, unset = (lambda: _f32(jnp.nan)), jnp.asarray(-1, jnp.int32)
+    measured = (nan() for _ in range(6))
+    return Metrics(*measured, unset, nan(), jnp.asarray(True), jnp.asarray(True))
 
 
 def _f32(x: Any) -> Float[Array, ""]:

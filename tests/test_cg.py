@@ -62,7 +62,7 @@ def phi(matrix, b, x):
 
 
 def textbook(matrix, b, steps, radius=np.inf):
-    """Steihaug's Algorithm 2.1 without preconditioning; every iterate, the start included."""
+    """Steihaug's algorithm without preconditioning; every iterate, the start included."""
     x, r = np.zeros_like(b), b.copy()
     p, iterates = r.copy(), [x]
     for _ in range(steps):
@@ -87,7 +87,7 @@ shapes = st.lists(
 ).filter(lambda group: sum(int(np.prod(shape)) for shape in group) > 0)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(shapes=shapes, seed=st.integers(0, 10**6), log_condition=st.floats(0, 4))
 def test_solves_random_pytree_systems(shapes, seed, log_condition):
     like = {f"leaf{i}": jnp.zeros(shape, F64) for i, shape in enumerate(shapes)}
@@ -170,6 +170,8 @@ def test_float32_at_network_scale(size, preconditioned):
     assert np.linalg.norm(residual) <= 1.1e-5 * np.linalg.norm(np.asarray(b))
 
 
+# lineax promotes the leaves' dtypes on its own account.
+@jax.numpy_dtype_promotion("standard")
 def test_mixed_precision_tree():
     like = {"low": jnp.zeros((6,), jnp.bfloat16), "high": jnp.zeros((2, 3), F32)}
     # Entries that bfloat16 holds exactly, so that the product is the only inexact step.
@@ -184,6 +186,7 @@ def test_mixed_precision_tree():
         np.testing.assert_allclose(solution["high"], 0.25, rtol=2e-2)
 
 
+@jax.numpy_dtype_promotion("standard")
 def test_low_precision_vectors_are_held_in_float32():
     # 1 + 2⁻¹⁰ is no bfloat16: an accumulation in bfloat16 would lose every small leaf of b.
     like = {"a": jnp.zeros((), jnp.bfloat16), "b": jnp.zeros((), F32), "c": jnp.zeros((), F64)}
@@ -196,17 +199,18 @@ def test_low_precision_vectors_are_held_in_float32():
 
 
 def test_recomputed_residuals_are_true():
-    matrix = with_spectrum(np.logspace(-6, 0, 60)).astype(np.float32)
-    b = jnp.asarray(gaussian(60), F32)
+    matrix = with_spectrum(np.logspace(-2, 0, 40)).astype(np.float32)
+    b = jnp.asarray(gaussian(40), F32)
 
-    def gap(every):
-        solver = CG(0.0, 0.0, max_steps=240, residual_every=every)
+    def reported_over_true(every):
+        solver = CG(0.0, 0.0, max_steps=150, residual_every=every)
         x, _, stats = compute(solver, on_vector(matrix, dtype=F32), b)
         true = np.linalg.norm(matrix.astype(np.float64) @ np.asarray(x) - np.asarray(b))
-        return abs(float(stats["residual_norm"]) * np.linalg.norm(np.asarray(b)) - true) / true
+        return float(stats["residual_norm"]) * np.linalg.norm(np.asarray(b)) / true
 
-    assert gap(1) < 0.1
-    assert gap(None) > 0.1
+    # The recursion goes on to shrink long after float32 has no better x to offer.
+    assert reported_over_true(None) < 1e-3
+    assert 0.1 < reported_over_true(3) < 10
 
 
 # Negative curvature and other breakdowns
@@ -241,6 +245,7 @@ def test_negative_curvature_later_returns_the_iterate():
     infinite = compute(CG(1e-12), on_vector(matrix, SYMMETRIC), jnp.asarray(b), radius=jnp.inf)
     np.testing.assert_array_equal(infinite[0], x)
     assert is_result(infinite[1], "breakdown")
+    assert stop_of(infinite[2]) is StopReason.negative_curvature
 
 
 def test_nan_in_the_vector():
@@ -248,7 +253,7 @@ def test_nan_in_the_vector():
     y0 = jnp.asarray([1.0, 2.0, 3.0])
     for bad in (jnp.nan, jnp.inf):
         b = jnp.asarray([1.0, bad, 1.0])
-        for solver in (CG(), CG(0.0, 0.0, max_steps=2, unroll=True)):
+        for solver in (CG(), CG(0.0, 0.0, max_steps=2)):
             x, result, stats = compute(solver, op, b)
             np.testing.assert_array_equal(x, np.zeros(3))
             assert is_result(result, "nonfinite_input")
@@ -258,11 +263,10 @@ def test_nan_in_the_vector():
     assert is_result(solution.result, "nonfinite_input")
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_nan_in_the_operator(unroll):
-    solver = CG(1e-10, max_steps=6, unroll=unroll)
+def test_nan_in_the_operator():
+    solver = CG(1e-10, max_steps=6)
     always = on_vector(np.full((3, 3), np.nan), SYMMETRIC)
-    for options, expected in (({}, np.zeros(3)), ({"y0": jnp.ones(3, F64)}, np.ones(3))):
+    for options, expected in (({}, np.zeros(3)), ({"y0": jnp.ones(3, F64)}, np.zeros(3))):
         x, result, stats = compute(solver, always, jnp.ones(3, F64), **options)
         np.testing.assert_array_equal(x, expected)
         assert is_result(result, "breakdown") and stop_of(stats) is StopReason.nonfinite
@@ -283,7 +287,7 @@ def test_nan_in_the_operator(unroll):
     assert all(np.isfinite(np.asarray(value)) for value in stats.values())
 
 
-def test_overflow_keeps_the_last_finite_iterate():
+def test_overflow_is_reported_and_returns_nothing_infinite():
     # The second product is finite, the step that follows from it is not.
     op = on_vector(np.diag([1.0, 1e-37]), dtype=F32)
     b = jnp.asarray([1.0, 1e4], F32)
@@ -327,6 +331,15 @@ def test_tiny_and_huge_vectors_stay_finite(magnitude):
         assert is_result(result, "successful")
         expected = np.linalg.solve(matrix, np.asarray(b, np.float64))
         np.testing.assert_allclose(x, expected, rtol=1e-3, atol=1e-4 * magnitude)
+
+
+def test_many_steps_do_not_shrink_into_underflow():
+    # pᵀA p is the first to vanish, and would be taken for negative curvature.
+    matrix = with_spectrum(np.linspace(1e-6, 1e-5, 8))
+    b = jnp.asarray(1e-3 * gaussian(8), F32)
+    solver = CG(0.0, 0.0, max_steps=60)
+    _, result, stats = compute(solver, on_vector(matrix, dtype=F32), b)
+    assert is_result(result, "successful") and stop_of(stats) is StopReason.converged
 
 
 def test_step_limit():
@@ -408,34 +421,53 @@ def test_warm_start_is_brought_into_the_ball():
 # The stop on model decrease, warm starts
 
 
-def test_relative_decrease_stops_where_martens_says():
-    n, epsilon = 300, 5e-4
-    matrix = with_spectrum(np.logspace(-5, 0, n))
-    b = gaussian(n)
-    values = [phi(matrix, b, x) for x in textbook(matrix, b, 260)]
-    assert np.all(np.diff(values) < 0)
-    for k in range(1, 260):
-        window = int(max(10, np.ceil(0.1 * k)))
-        decrease = (values[k] - values[k - window]) / values[k] if k > window else np.inf
-        if values[k] < 0 and decrease < window * epsilon:
-            break
-    assert 100 < k < 259, "so that both branches of K are passed through"
+@pytest.mark.parametrize("epsilon", [1e3, 3e-2, 5e-4])
+def test_relative_decrease_stops_where_martens_says(epsilon):
+    matrix = with_spectrum(np.logspace(-5, 0, 300))
+    op, b = on_vector(matrix), jnp.asarray(gaussian(300))
     solver = CG(1e-5, max_steps=1000, relative_decrease=epsilon)
-    _, result, stats = compute(solver, on_vector(matrix), jnp.asarray(b))
+    _, result, stats = compute(solver, op, b)
     assert is_result(result, "successful") and stop_of(stats) is StopReason.relative_decrease
-    assert int(stats["num_steps"]) == k
-    np.testing.assert_allclose(stats["quadratic"], values[k], rtol=1e-6)
-    _, _, longer = compute(CG(1e-5, max_steps=1000), on_vector(matrix), jnp.asarray(b))
-    assert int(longer["num_steps"]) > k
-    assert float(longer["quadratic"]) < float(stats["quadratic"])
+    # From the solver's own models: another CG is no oracle once orthogonality is lost to rounding.
+    k = int(stats["num_steps"])
+    model = functools.cache(
+        lambda k: float(compute(CG(0.0, 0.0, max_steps=k), op, b)[2]["quadratic"])
+    )
+
+    def decrease(k):
+        window = int(max(10, np.ceil(0.1 * k)))
+        return (model(k) - model(k - window)) / model(k) / window if k > window else np.inf
+
+    np.testing.assert_allclose(stats["quadratic"], model(k), rtol=1e-12)
+    assert decrease(k) < epsilon <= decrease(k - 1)
+    assert model(k) < model(k - 1) < 0
+    if epsilon == 1e3:
+        assert k == 11, "the first k > K"
+    if epsilon == 5e-4:
+        assert k > 110, "K = 0.1 k"
+        _, _, longer = compute(CG(1e-5, max_steps=1000), op, b)
+        assert int(longer["num_steps"]) > k
+        assert float(longer["quadratic"]) < model(k)
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_warm_start(unroll):
+def test_model_is_monotone_and_known_at_every_step():
+    matrix = with_spectrum(np.logspace(-2, 0, 12))
+    b, y0 = gaussian(12), gaussian(12, seed=9)
+    values = [phi(matrix, b, y0)]
+    for steps in range(1, 11):
+        x, _, stats = compute(
+            CG(0.0, 0.0, max_steps=steps), on_vector(matrix), jnp.asarray(b), y0=jnp.asarray(y0)
+        )
+        values.append(phi(matrix, b, np.asarray(x)))
+        np.testing.assert_allclose(stats["quadratic"], values[-1], rtol=1e-10)
+    assert np.all(np.diff(values) < 0)
+
+
+def test_warm_start():
     matrix = with_spectrum(np.linspace(1, 30, 15))
     b = gaussian(15)
     exact = np.linalg.solve(matrix, b)
-    solver = CG(1e-8, max_steps=30, unroll=unroll)
+    solver = CG(1e-8, max_steps=30)
     x, result, stats = compute(solver, on_vector(matrix), jnp.asarray(b), y0=jnp.asarray(exact))
     assert int(stats["num_steps"]) == 0 and is_result(result, "successful")
     np.testing.assert_array_equal(x, exact)
@@ -443,9 +475,7 @@ def test_warm_start(unroll):
     # One step from y0 is one step from zero on the residual's system.
     y0 = gaussian(15, seed=5)
     expected = y0 + textbook(matrix, b - matrix @ y0, 1)[-1]
-    x, _, stats = compute(
-        CG(0.0, 0.0, max_steps=1, unroll=unroll), on_vector(matrix), jnp.asarray(b), y0=y0
-    )
+    x, _, stats = compute(CG(0.0, 0.0, max_steps=1), on_vector(matrix), jnp.asarray(b), y0=y0)
     np.testing.assert_allclose(x, expected, rtol=1e-12)
     np.testing.assert_allclose(stats["quadratic"], phi(matrix, b, expected), rtol=1e-10)
     # A spoilt warm start is none.
@@ -456,88 +486,12 @@ def test_warm_start(unroll):
     np.testing.assert_allclose(x, exact, rtol=1e-6)
 
 
-# Straight-line code
+# Tracing
 
 
-@pytest.mark.parametrize("every", [None, 3])
-@pytest.mark.parametrize("rtol", [0.0, 1e-3, 1e-10])
-@pytest.mark.parametrize(
-    "options", [{}, {"y0": 1.0}, {"radius": 0.5}, {"y0": 1.0, "radius": 3.0}], ids=str
-)
-def test_unrolled_equals_while(every, rtol, options):
-    matrix = with_spectrum(np.linspace(1, 30, 10))
-    b = jnp.asarray(gaussian(10))
-    options = {k: jnp.full((10,), v) if k == "y0" else v for k, v in options.items()}
-    looped, unrolled = (
-        compute(
-            CG(rtol, 0.0, 12, relative_decrease=1e-9, residual_every=every, unroll=unroll),
-            on_vector(matrix),
-            b,
-            **options,
-        )
-        for unroll in (False, True)
-    )
-    np.testing.assert_allclose(unrolled[0], looped[0], rtol=1e-12, atol=1e-14)
-    assert bool(unrolled[1] == looped[1])
-    for name in ("num_steps", "stop"):
-        assert int(unrolled[2][name]) == int(looped[2][name])
-    for name in ("quadratic", "curvature"):
-        np.testing.assert_allclose(unrolled[2][name], looped[2][name], rtol=1e-12)
-
-
-def primitives(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for sub in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-        ):
-            inner = getattr(sub, "jaxpr", sub)
-            if hasattr(inner, "eqns"):
-                yield from primitives(inner)
-
-
-def loops(solver, fn, **options):
-    b = jnp.ones((1, 1, 6), F64)
-    op = lx.FunctionLinearOperator(fn, jax.eval_shape(lambda: b), PSD)
-    jaxpr = jax.make_jaxpr(lambda b: compute(solver, op, b, **options)[0])(b)
-    return set(primitives(jaxpr.jaxpr)) & {"while", "scan", "cond"}
-
-
-def convolve(v):
-    kernel = jnp.asarray([[[1.0, 4.0, 1.0]]], F64)
-    return jax.lax.conv_general_dilated(v, kernel, (1,), "SAME")
-
-
-@pytest.mark.parametrize(
-    "fn",
-    [
-        convolve,
-        jax.jit(convolve),
-        jax.checkpoint(lambda v: jax.jit(convolve)(v)),
-        lambda v: jax.lax.map(convolve, v[None])[0],
-        lambda v: jax.lax.cond(v[0, 0, 0] > 0, convolve, lambda v: v, v),
-    ],
-    ids=["plain", "jit", "remat", "scan", "cond"],
-)
-def test_convolutions_are_unrolled_on_the_cpu(fn, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert "while" not in loops(CG(max_steps=4), fn)
-    assert "while" in loops(CG(max_steps=4, unroll=False), fn)
-    assert "while" in loops(CG(max_steps=33), fn)
-    assert "while" in loops(CG(), fn)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert "while" in loops(CG(max_steps=4), fn)
-
-
-def test_straight_line_code_has_no_control_flow():
-    y0 = jnp.zeros((1, 1, 6), F64)
-    solver = CG(max_steps=4, relative_decrease=1e-3, residual_every=2, unroll=True)
-    assert loops(solver, lambda v: 2 * v, y0=y0, radius=1.0) == set()
-    assert loops(CG(max_steps=4), lambda v: 2 * v) == {"while"}
-
-
-@pytest.mark.parametrize("solver", [CG(), CG(residual_every=2), CG(max_steps=3, unroll=True)])
-def test_product_is_traced_once(solver):
+@pytest.mark.parametrize("solver", [CG(), CG(residual_every=2), CG(max_steps=3)])
+@pytest.mark.parametrize("warm", [False, True])
+def test_product_is_traced_once_and_for_a_warm_start_twice(solver, warm):
     traced = []
 
     def fn(v):
@@ -546,11 +500,11 @@ def test_product_is_traced_once(solver):
 
     structure = jax.ShapeDtypeStruct((3,), F64)
     op = lx.FunctionLinearOperator(fn, structure, PSD, closure_convert=False)
-    options = {"y0": jnp.ones(3, F64)}
+    options = {"y0": jnp.ones(3, F64)} if warm else {}
     state = solver.init(op, options)
     before = len(traced)
     jax.jit(lambda b: solver.compute(state, b, options)[0]).lower(jnp.ones(3, F64))
-    assert len(traced) - before == 1
+    assert len(traced) - before == 1 + warm
 
 
 # Transformations
@@ -561,7 +515,7 @@ def test_vmap_over_right_hand_sides():
     # Solves of different lengths: an eigenvector, nothing, a general vector, a bad one.
     rows = np.stack([np.linalg.eigh(matrix)[1][:, 0], np.zeros(10), gaussian(10), gaussian(10)])
     rows[3, 0] = np.nan
-    for solver in (CG(1e-11), CG(1e-11, max_steps=20, unroll=True), CG(1e-11, residual_every=3)):
+    for solver in (CG(1e-11), CG(1e-11, max_steps=20), CG(1e-11, residual_every=3)):
         solve = functools.partial(compute, solver, on_vector(matrix))
         x, result, stats = jax.vmap(solve)(jnp.asarray(rows))
         np.testing.assert_allclose(x[:3], np.linalg.solve(matrix, rows[:3].T).T, atol=1e-10)
@@ -664,12 +618,13 @@ def test_stats_have_one_schema():
     for op in (good, bad):
         for solver in (
             CG(),
-            CG(max_steps=2, unroll=True),
+            CG(max_steps=2),
             CG(relative_decrease=1e-3, residual_every=2),
         ):
             for options in ({}, {"y0": b}, {"radius": 1.0}):
-                _, _, stats = jax.jit(lambda b: compute(solver, op, b, **options))(b)  # noqa: B023
-                assert all(isinstance(value, jax.Array) for value in stats.values())
+                solve = functools.partial(compute, solver, op, **options)
+                assert all(isinstance(value, jax.Array) for value in solve(b)[2].values())
+                stats = jax.eval_shape(lambda b: solve(b)[2], b)  # noqa: B023
                 seen.add(tuple((k, v.shape, v.dtype, v.weak_type) for k, v in stats.items()))
     assert len(seen) == 1
     schema = {name: (shape, dtype) for name, shape, dtype, weak in seen.pop() if not weak}
@@ -716,8 +671,6 @@ def test_static_mistakes_raise():
         compute(CG(), op, b, radius=-1.0)
     with pytest.raises(ValueError, match="cannot be transposed"):
         jax.grad(lambda b: lx.linear_solve(op, b, CG(), options={"radius": 1.0}).value[0])(b)
-    with pytest.raises(ValueError, match="unroll=True needs max_steps"):
-        CG(unroll=True)
     for name, value in (("rtol", -1.0), ("relative_decrease", -1.0), ("max_steps", 0)):
         with pytest.raises(ValueError, match=name):
             CG(**{name: value})

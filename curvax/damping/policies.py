@@ -41,6 +41,11 @@ class AbstractDamping(eqx.Module):
 
     every: eqx.AbstractVar[int | None]
 
+    @property
+    def bounded(self) -> bool:
+        """Whether the radius is ever finite."""
+        return False
+
     @abc.abstractmethod
     def init(self) -> DampingState:
         """The state before the first step."""
@@ -68,6 +73,10 @@ class Constant(AbstractDamping):
         _check_positive("value", self.value, zero=True)
 
     def init(self) -> DampingState:
+        return _state(self.value)
+
+    def at(self, state: DampingState, count: Int[Array, ""]) -> DampingState:
+        # Not the λ of the state: under `optax.inject_hyperparams` the value may change.
         return _state(self.value)
 
 
@@ -145,6 +154,10 @@ class TrustRegion(AbstractDamping):
 
     def init(self) -> DampingState:
         return _state(self.value, self.initial)
+
+    @property
+    def bounded(self) -> bool:
+        return True
 
     def update(self, state: DampingState, gain: Gain) -> DampingState:
         at_boundary = gain.length > 0.99 * state.radius

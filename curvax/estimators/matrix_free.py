@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
+from curvax._convolution import loop_safe
 from curvax.operators.base import AbstractOperator
 
 
@@ -43,7 +44,7 @@ def _mean(operator, key, samples, statistic):
 
     if samples == 1:
         return one(key)
-    draws = jax.lax.map(one, jax.random.split(key, samples))
+    draws = jax.lax.map(loop_safe(one), jax.random.split(key, samples))
     return jax.tree.map(lambda draw: jnp.mean(draw, axis=0), draws)
 
 

@@ -10,6 +10,7 @@ import lineax as lx
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from curvax import _tree
+from curvax._convolution import loop_safe
 from curvax.objective import Batch, Objective, Params
 from curvax.operators.algebra import Scaled, Sum
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator
@@ -46,7 +47,7 @@ def accumulate(
     parts: list[lx.AbstractLinearOperator] = []
     for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
         own_key = None if key is None else jax.random.fold_in(key, i)
-        share = weight / total if objective.reduction == "mean" else jnp.ones_like(weight)
+        share = _share(weight, total) if objective.reduction == "mean" else jnp.ones_like(weight)
         part = operator(bare, params, batch, key=own_key, **options)
         parts.append(Scaled(part, share, nonnegative=True))
     return _with_l2(objective, params, parts)
@@ -70,10 +71,11 @@ def accumulate_stacked(
     count = jax.tree.leaves(batches)[0].shape[0]
     if count == 0:
         raise ValueError("batches: got a stack of 0 micro-batches, wanted at least 1.")
-    keys = None if key is None else jax.random.split(key, count)
+    keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
     bare = objective.without_l2()
     weights = jax.lax.map(lambda batch: _weight(objective, params, batch, key), batches)
-    shares = weights / jnp.sum(weights) if objective.reduction == "mean" else jnp.ones_like(weights)
+    total = jnp.sum(weights)
+    shares = _share(weights, total) if objective.reduction == "mean" else jnp.ones_like(weights)
     scanned = Scanned(operator, bare, params, batches, keys, shares, tuple(options.items()))
     return _with_l2(objective, params, [scanned])
 
@@ -84,6 +86,11 @@ def _with_l2(
     if objective.l2:
         parts.append(Scaled(lx.IdentityLinearOperator(_tree.structure(params)), objective.l2))
     return Sum(tuple(parts))
+
+
+def _share(weight: Array, total: Array) -> Array:
+    """weight / total, or 0 where every example of every batch is masked."""
+    return jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
 
 
 def _weight(objective: Objective, params: Params, batch: Batch, key: PRNGKeyArray | None) -> Array:
@@ -100,7 +107,7 @@ class Scanned(AbstractSymmetricOperator):
     objective: Objective
     params: Params
     batches: Batch
-    keys: PRNGKeyArray | None
+    keys: Array | None  # one for each micro-batch
     shares: Array
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
 
@@ -111,7 +118,7 @@ class Scanned(AbstractSymmetricOperator):
             return _tree.add_scaled(total, share, part.mv(vector)), None
 
         xs = (self.batches, self.keys, self.shares)
-        return jax.lax.scan(add, _tree.zeros_like(vector), xs)[0]
+        return jax.lax.scan(loop_safe(add), _tree.zeros_like(vector), xs)[0]
 
     @property
     def positive_semidefinite(self) -> bool:

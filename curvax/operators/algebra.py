@@ -3,9 +3,11 @@
 import functools
 import operator as op
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
 from curvax import _tree
@@ -30,6 +32,9 @@ class Sum(AbstractOperator):
 
     def as_matrix(self) -> Array:
         return functools.reduce(op.add, [each.as_matrix() for each in self.operators])
+
+    def diagonal(self) -> PyTree[Array]:
+        return functools.reduce(_tree.add, [diagonal(each) for each in self.operators])
 
     def transpose(self) -> "Sum":
         return Sum(tuple(each.T for each in self.operators))
@@ -65,7 +70,7 @@ class Scaled(AbstractOperator):
 
     operator: lx.AbstractLinearOperator
     scalar: Scalar
-    nonnegative: bool
+    nonnegative: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -80,7 +85,8 @@ class Scaled(AbstractOperator):
         dtype = _tree.accumulation_dtype(_tree.common_dtype(operator.in_structure()))
         self.scalar = jnp.asarray(scalar, dtype)
         if nonnegative is None:
-            nonnegative = not isinstance(scalar, jax.core.Tracer) and bool(scalar >= 0)
+            known = _known(scalar)
+            nonnegative = known is not None and bool(known >= 0)
         self.nonnegative = nonnegative
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
@@ -92,6 +98,9 @@ class Scaled(AbstractOperator):
     def as_matrix(self) -> Array:
         matrix = self.operator.as_matrix()
         return self.scalar.astype(matrix.dtype) * matrix
+
+    def diagonal(self) -> PyTree[Array]:
+        return _tree.scale(self.scalar, diagonal(self.operator))
 
     def transpose(self) -> "Scaled":
         return Scaled(self.operator.T, self.scalar, nonnegative=self.nonnegative)
@@ -160,7 +169,10 @@ class Damped(AbstractSymmetricOperator):
                 f"operator: got a {type(operator).__name__} that is not marked symmetric, wanted a "
                 "symmetric operator."
             )
-        if not isinstance(damping, jax.core.Tracer) and jnp.any(jnp.asarray(damping) < 0):
+        if jnp.shape(damping) != ():
+            raise ValueError(f"damping: got shape {jnp.shape(damping)}, wanted ().")
+        known = _known(damping)
+        if known is not None and known < 0:
             raise ValueError(f"damping: got {damping}, wanted a number ≥ 0.")
         self.operator = operator
         dtype = _tree.accumulation_dtype(_tree.common_dtype(operator.in_structure()))
@@ -177,9 +189,8 @@ class Damped(AbstractSymmetricOperator):
         return matrix + self.damping.astype(matrix.dtype) * jnp.eye(len(matrix), dtype=matrix.dtype)
 
     def diagonal(self) -> PyTree[Array]:
-        if not isinstance(self.operator, AbstractOperator):
-            return super().diagonal()
-        return jax.tree.map(lambda d: (d + self.damping).astype(d.dtype), self.operator.diagonal())
+        inner = diagonal(self.operator)
+        return _tree.add_scaled(inner, self.damping, jax.tree.map(jnp.ones_like, inner))
 
     def linearise(self) -> "Damped":
         return Damped(lx.linearise(self.operator), self.damping)
@@ -194,6 +205,18 @@ class Damped(AbstractSymmetricOperator):
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
         return self.operator.in_structure()
+
+
+def diagonal(operator: lx.AbstractLinearOperator) -> PyTree[Array]:
+    """The diagonal of any lineax operator, in the structure of its input."""
+    if isinstance(operator, AbstractOperator):
+        return operator.diagonal()
+    return _tree.unravel(operator.in_structure(), lx.diagonal(operator))
+
+
+def _known(scalar: Scalar | float) -> np.ndarray | None:
+    """The value of a scalar, if it can be read now: outside of jnp, which jit would trace."""
+    return None if isinstance(scalar, jax.core.Tracer) else np.asarray(scalar)
 
 
 def quadratic_form(operator: lx.AbstractLinearOperator, vector: PyTree[Array]) -> Scalar:

@@ -6,7 +6,7 @@ once, by properties that a subclass may set; see `_register` at the end.
 
 import abc
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +44,14 @@ class AbstractOperator(lx.AbstractLinearOperator):
     # -- dense views ---------------------------------------------------------------------------
 
     def as_matrix(self) -> Float[Array, "out in"]:
-        """The dense matrix, in the order of the leaves, rows ravelled in C order.
+        """The dense matrix, in the order of the leaves, rows ravelled in C order: in float32, or
+        the dtype of the leaves if wider.
 
         Costs one product for each input dimension; meant for small operators and tests.
         """
         operator = self.linearise()
         structure = operator.in_structure()
-        dtype = _tree.common_dtype(structure, operator.out_structure())
+        dtype = _tree.accumulation_dtype(_tree.common_dtype(structure, operator.out_structure()))
 
         def column(basis: Array) -> Array:
             return _tree.ravel(operator.mv(_tree.unravel(structure, basis)), dtype)
@@ -83,17 +84,17 @@ class AbstractOperator(lx.AbstractLinearOperator):
         check_structure("vector", other, self.in_structure())
         return self.mv(other)
 
-    def __add__(self, other: lx.AbstractLinearOperator) -> "AbstractOperator":
+    def __add__(self, other: Any) -> "AbstractOperator":
         from curvax.operators.algebra import Sum
 
         if not isinstance(other, lx.AbstractLinearOperator):
             raise ValueError(f"operator + {type(other).__name__}: wanted a linear operator.")
         return Sum((self, other))
 
-    def __radd__(self, other: lx.AbstractLinearOperator) -> "AbstractOperator":
+    def __radd__(self, other: Any) -> "AbstractOperator":
         return self + other
 
-    def __sub__(self, other: lx.AbstractLinearOperator) -> "AbstractOperator":
+    def __sub__(self, other: Any) -> "AbstractOperator":
         return self + (-1.0) * other
 
     def __mul__(self, other: Any) -> "AbstractOperator":
@@ -118,7 +119,7 @@ class AbstractSymmetricOperator(AbstractOperator):
     def symmetric(self) -> bool:
         return True
 
-    def transpose(self) -> Self:
+    def transpose(self) -> "AbstractSymmetricOperator":
         return self
 
     @abc.abstractmethod
@@ -153,9 +154,14 @@ class Transpose(AbstractOperator):
 def check_structure(name: str, tree: PyTree[Any], wanted: PyTree[jax.ShapeDtypeStruct]) -> None:
     """Raises `ValueError` naming the first leaf of `tree` that does not fit `wanted`."""
     if jax.tree.structure(tree) != jax.tree.structure(wanted):
+        seen, want = _tree.paths(tree), _tree.paths(wanted)
+        missing = [path for path in want if path not in seen]
+        extra = [path for path in seen if path not in want]
         raise ValueError(
             f"{name}: got structure {jax.tree.structure(tree)}, "
             f"wanted {jax.tree.structure(wanted)}."
+            + (f" Missing leaves: {', '.join(missing[:5])}." if missing else "")
+            + (f" Unexpected leaves: {', '.join(extra[:5])}." if extra else "")
         )
     leaves = zip(_tree.paths(wanted), jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True)
     for path, leaf, want in leaves:

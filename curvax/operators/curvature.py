@@ -8,7 +8,7 @@ does that pass once and keeps its residuals.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -33,7 +33,7 @@ class AbstractCurvature(AbstractSymmetricOperator):
         return _tree.structure(self.params)
 
     @abc.abstractmethod
-    def restrict(self, template: PyTree[Any]) -> Self:
+    def restrict(self, template: PyTree[Any]) -> "AbstractCurvature":
         """The block of those parameters that `template` does not mask (see `optax.masked`)."""
 
 
@@ -109,7 +109,7 @@ class AbstractOutputCurvature(AbstractCurvature):
             linearisation = self.objective.linearise(self.params, self.batch, self.key)
         return linearisation, self.metric(linearisation)
 
-    def linearise(self) -> Self:
+    def linearise(self) -> "AbstractOutputCurvature":
         return dataclasses.replace(self, linearisation=self.linearised()[0])
 
     def mv(self, vector: Params) -> Params:
@@ -124,7 +124,7 @@ class AbstractOutputCurvature(AbstractCurvature):
         form = _tree.dot(pushed, metric.product(pushed))
         return form + self.objective.l2 * _tree.dot(vector, vector) if self.objective.l2 else form
 
-    def restrict(self, template: PyTree[Any]) -> Self:
+    def restrict(self, template: PyTree[Any]) -> "AbstractOutputCurvature":
         params, objective = self.objective.restrict(self.params, template)
         linearisation = self.linearisation
         if linearisation is not None:

@@ -1,10 +1,12 @@
 """Diagonal and block-diagonal operators."""
 
+import equinox as eqx
 import jax
 import lineax as lx
 from jaxtyping import Array, PyTree
 
 from curvax import _tree
+from curvax.operators.algebra import diagonal
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator, check_structure
 
 
@@ -12,7 +14,7 @@ class Diagonal(AbstractSymmetricOperator):
     """diag(d), for a pytree d of arrays. `nonnegative` states that every entry is ≥ 0."""
 
     entries: PyTree[Array]
-    nonnegative: bool = True
+    nonnegative: bool = eqx.field(static=True, default=True)
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         return jax.tree.map(lambda d, v: (d * v).astype(v.dtype), self.entries, vector)
@@ -50,6 +52,9 @@ class BlockDiagonal(AbstractOperator):
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         check_structure("vector", vector, self.in_structure())
         return self._map(lambda block, part: block.mv(part), vector)
+
+    def diagonal(self) -> PyTree[Array]:
+        return self._map(diagonal)
 
     def transpose(self) -> "BlockDiagonal":
         return BlockDiagonal(self._map(lambda block: block.T))

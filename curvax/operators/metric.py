@@ -116,9 +116,9 @@ class ScoreMetric(AbstractOutputMetric):
         return weigh(jnp.sqrt(self._share()), jnp.sum(self.scores * rows, axis=0))
 
     def sqrt_transpose(self, vector: Array) -> Array:
-        weighed = weigh(jnp.sqrt(self._share()), vector)
-        along = jnp.sum(self.scores * weighed[None], axis=self._axes(1))
-        return jnp.moveaxis(along, 0, 1)
+        along = jnp.sum(self.scores * vector[None], axis=self._axes(1))
+        # Weighed last: the scores of a masked event may be NaN.
+        return jax.vmap(weigh, (None, 0), 1)(jnp.sqrt(self._share()), along)
 
     def gradient_rows(self) -> Array | None:
         return None

@@ -65,7 +65,8 @@ def _entry_rows(
 
     extra = _cost(lambda p, k: _with_gradient(quantity, objective, p, batch, k), params, key)
     alone = _cost(lambda p, k: _with_gradient(None, objective, p, batch, k), params, key)
-    rows = [row(quantity.label, every, (max(extra[0] - alone[0], 0), max(extra[1] - alone[1], 0)))]
+    more = (max(extra[0] - alone[0], 0.0), max(extra[1] - alone[1], 0.0))
+    rows = [row(quantity.label, every, more)]
     if isinstance(quantity, AbstractCurvatureQuantity):
         operator = lambda p, k: quantity.compute(Scope(objective, p, batch, k))
         both = _cost(lambda p, k: (lambda a: (a, a.mv(p)))(operator(p, k)), params, key)
@@ -107,7 +108,9 @@ def _state_lines(method: "Method", params: Params) -> list[str]:
     per_leaf: dict[str, int] = dict.fromkeys(param_paths, 0)
     shared = 0
     for path, leaf in zip(_tree.paths(state), jax.tree.leaves(state), strict=True):
-        owner = next((p for p in param_paths if p != "<root>" and path.endswith(p)), None)
+        # The longest: ['z']['w'] ends with ['w'], too.
+        owners = [p for p in param_paths if p != "<root>" and path.endswith(p)]
+        owner = max(owners, key=len, default=None)
         if owner is None:
             shared += _tree.nbytes(leaf)
         else:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
+from curvax._convolution import loop_safe
 from curvax.objective import Batch, Objective, Params
 from curvax.plan.quantities import AbstractQuantity, GainRatio, HessianCurvature, Scope
 
@@ -173,6 +174,6 @@ def _compute(quantity: AbstractQuantity, due: Due, scope: Scope) -> PyTree[Array
         return None
     if due is True:
         return quantity.compute(scope)
-    compute = lambda: quantity.compute(scope.inside_branch())
+    compute = loop_safe(lambda: quantity.compute(scope.inside_branch()))
     absent = lambda: _tree.zeros_like(jax.eval_shape(compute))
     return absent() if due is False else jax.lax.cond(due, compute, absent)

@@ -148,7 +148,13 @@ class FisherCurvature(AbstractCurvatureQuantity):
     def compute(self, scope: Scope) -> Fisher:
         at = scope.curvature
         return Fisher(
-            at.objective, at.params, at.batch, at.key, self.kind, self.samples, at.linearisation
+            at.objective,
+            at.params,
+            at.batch,
+            at.key,
+            kind=self.kind,
+            samples=self.samples,
+            linearisation=at.linearisation,
         )
 
 

@@ -4,8 +4,8 @@ Notation: A x = b is solved by minimising the model φ(x) = ½ xᵀA x − bᵀx
 residual, M ≈ A⁻¹ the preconditioner, p the search direction, γ = rᵀM r, Δ the trust radius.
 
 Sources: Hestenes & Stiefel (1952) for the recursion; Nocedal & Wright, "Numerical Optimization"
-(2006), Algorithms 5.3 and 7.1 (preconditioning, negative curvature); Steihaug (1983), "The
-conjugate gradient method and trust regions in large scale optimization", Algorithm 2.1; Martens
+(2006), Algorithms 5.3, 7.1 and 7.2 (preconditioning, negative curvature, trust region); Steihaug
+(1983), "The conjugate gradient method and trust regions in large scale optimization"; Martens
 (2010), "Deep learning via Hessian-free optimization", §4.4 (stop on model decrease).
 """
 
@@ -15,15 +15,13 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.extend.core as jex_core
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, ScalarLike
 
 from curvax import _tree as tree
+from curvax._convolution import loop_safe
 
-# An unrolled loop is compiled once per step: past this length compile time outweighs the gain.
-_MAX_AUTO_UNROLL = 32
 # No stop reason yet.
 _RUNNING = -1
 
@@ -85,14 +83,14 @@ class CG(lx.AbstractLinearSolver[_State]):
     - `preconditioner`: a positive semidefinite `lx.AbstractLinearOperator` approximating A⁻¹.
     - `y0`: warm start, shaped as `b`; costs one more product. Ignored where it is not finite.
     - `radius`: trust radius Δ on ‖x‖ (Euclidean). On leaving the ball, and on negative curvature,
-        x goes to the boundary along p (Steihaug 1983, eq. 2.3). A `y0` outside is scaled back to
+        x goes to the boundary along p (Steihaug 1983). A `y0` outside is scaled back to
         the boundary. An infinite radius is no radius.
 
     **Result:** `successful` on convergence, on the stop on model decrease, and with a radius on
     its boundary; `max_steps_reached` at the step limit (but `successful` when
     `rtol == atol == 0`, which asks for just that many steps); `nonfinite_input` for a `b` that is
     not finite; `breakdown` for other non-finite values, an indefinite preconditioner, and negative
-    curvature without a radius. The last finite iterate is returned in every case. Negative
+    curvature without a radius. What is returned is finite in every case: the last iterate, or zero where that overflowed. Negative
     curvature on the first step from zero without a radius returns p = M b itself (Nocedal &
     Wright, Algorithm 7.1): a descent direction, though without a length of its own.
 
@@ -114,11 +112,6 @@ class CG(lx.AbstractLinearSolver[_State]):
     """ε of Martens (2010, §4.4); 5e-4 is his choice. None for no such stop."""
     residual_every: int | None = eqx.field(default=None, static=True)
     """Recompute r = b − A x after every so many steps, one more product each; None for never."""
-    unroll: bool | None = eqx.field(default=None, static=True)
-    """Whether to run `max_steps` masked iterations as straight-line code in place of a while loop.
-
-    XLA's CPU backend takes a far slower path for convolutions inside loops. None unrolls when the
-    backend is the CPU, `max_steps` is at most 32 and the product with A contains a convolution."""
 
     def __check_init__(self):
         for name in ("rtol", "atol", "relative_decrease"):
@@ -129,8 +122,6 @@ class CG(lx.AbstractLinearSolver[_State]):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"CG: {name} must be at least 1 or None, got {value}.")
-        if self.unroll and self.max_steps is None:
-            raise ValueError("CG: unroll=True needs max_steps.")
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _State:
         """Check and linearise the operator. Raises `ValueError` unless square and symmetric."""
@@ -160,17 +151,19 @@ class CG(lx.AbstractLinearSolver[_State]):
         """Solve; see the class for the options, the result and the stats."""
         structure = state.operator.in_structure()
         _check_matches("vector", vector, structure)
-        work = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, _wide(s.dtype)), structure)
+        work = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, tree.accumulation_dtype(s.dtype)), structure
+        )
         max_steps = self.max_steps
         if max_steps is None:
             max_steps = min(10 * max(tree.size(structure), 1), 1000)
 
         b = tree.cast(vector, work)
         b = tree.scale(-1.0, b) if state.negated else b
-        matvec, has_convolution = _trace(state.operator, tree.cast(b, structure), work)
+        matvec = _working(loop_safe(state.operator.mv), structure, work)
         precondition = _preconditioner(options.get("preconditioner"), structure, work)
 
-        bb = _dot(b, b)
+        bb = tree.dot(b, b)
         dtype = bb.dtype
         radius = options.get("radius")
         if isinstance(radius, (int, float)) and radius < 0:
@@ -182,58 +175,39 @@ class CG(lx.AbstractLinearSolver[_State]):
             _check_matches("options['y0']", y0, structure)
             y0 = tree.cast(y0, work)
             y0 = y0 if radius is None else _into_ball(y0, radius)
-        carry, warm = _start(b, bb, y0, precondition)
+        carry, zero_start = _start(b, bb, y0, matvec, precondition)
         if self.relative_decrease is not None:
-            history = jnp.zeros((max_steps + 1,), dtype)
+            history = jnp.zeros((max_steps + 1,), dtype).at[0].set(carry.phi)
             carry = carry._replace(history=history)
         # A recursive residual below eps²‖b‖ says nothing more about x, but lets pᵀA p underflow
         # to zero, which would read as negative curvature.
         rtol = jnp.maximum(jnp.asarray(self.rtol, dtype), jnp.finfo(dtype).eps ** 2)
         tolerance = jnp.asarray(self.atol, dtype) + rtol * jnp.sqrt(bb)
-        # False for the residual of a warm start, which is not known yet (NaN).
-        done = (carry.status != _code(StopReason.nonfinite)) & (jnp.sqrt(carry.rr) <= tolerance)
+        done = (carry.status == _RUNNING) & (jnp.sqrt(carry.rr) <= tolerance)
         carry = carry._replace(status=jnp.where(done, _code(StopReason.converged), carry.status))
-        zero_start = _dot(carry.x, carry.x) == 0 if warm else True
 
-        def refresh_at(trip):
-            """Whether this trip recomputes the residual instead of making a step."""
-            if self.residual_every is not None:
-                return (trip - warm) % (self.residual_every + 1) == self.residual_every
-            return trip == 0 if warm else False
+        def trip(carry: _Carry) -> _Carry:
+            carry = self._step(carry, matvec, b, radius, zero_start, max_steps, tolerance)
+            return self._direct(carry, precondition)
 
-        def next_trip(carry: _Carry, trip, masked: bool) -> _Carry:
-            refresh = refresh_at(trip)
-            # A step before a recomputed residual leaves it the choice of the next direction.
-            defer = False if self.residual_every is None else refresh_at(trip + 1)
-            update = self._step(carry, refresh, matvec, b, radius, zero_start, max_steps, tolerance)
-            return self._direct(carry, *update, defer, precondition, masked)
-
-        if self._unrolls(has_convolution):
-            trip = 0
-            steps = 0
-            while steps < max_steps:
-                steps += not refresh_at(trip)
-                carry = next_trip(carry, trip, masked=True)
-                trip += 1
-        else:
-            carry = jax.lax.while_loop(
-                lambda carry: carry.status == _RUNNING,
-                lambda carry: next_trip(carry, carry.trip, masked=False),
-                carry,
-            )
+        carry = jax.lax.while_loop(lambda carry: carry.status == _RUNNING, trip, carry)
+        # A step may overflow from a product that did not. Then nothing is left of x.
+        finite = tree.all_finite(carry.x)
+        carry = carry._replace(
+            x=tree.where(finite, carry.x, tree.zeros_like(b)),
+            r=tree.where(finite, carry.r, b),
+            status=jnp.where(finite, carry.status, _code(StopReason.nonfinite)),
+            step=jnp.where(finite, carry.step, 0),
+        )
         return self._report(carry, b, bb, vector, radius, max_steps, structure, state.negated)
 
-    def _unrolls(self, has_convolution: bool) -> bool:
-        if self.unroll is not None:
-            return self.unroll
-        short = self.max_steps is not None and self.max_steps <= _MAX_AUTO_UNROLL
-        return short and has_convolution and jax.default_backend() == "cpu"
-
-    def _step(self, carry, refresh, matvec, b, radius, zero_start, max_steps, tolerance):
+    def _step(self, carry, matvec, b, radius, zero_start, max_steps, tolerance) -> _Carry:
         """The product with A, the new x, r and φ, and the status as far as they decide it."""
+        refresh = False
+        if self.residual_every is not None:
+            refresh = (carry.trip + 1) % (self.residual_every + 1) == 0
         product = matvec(_select(refresh, carry.x, carry.p))
-        curvature = _dot(carry.p, product)
-        usable = jnp.isfinite(curvature)  # so every entry of the product is finite, too
+        curvature = tree.dot(carry.p, product)
         positive = (curvature > 0) | refresh
         alpha = jnp.where(positive, carry.gamma / jnp.where(curvature > 0, curvature, 1), 0)
         if radius is None:
@@ -247,13 +221,18 @@ class CG(lx.AbstractLinearSolver[_State]):
         first = (carry.step == 0) & zero_start & ~positive & jnp.logical_not(bounded)
         alpha = jnp.where(first, 1, jnp.where(refresh, 0, alpha))
 
-        x = _add_scaled(carry.x, alpha, carry.p)
-        r = _select(refresh, tree.sub(b, product), _add_scaled(carry.r, -alpha, product))
-        rr = _dot(r, r)
-        phi = _model(x, b, r)
-        usable = usable & jnp.isfinite(alpha) & jnp.isfinite(rr) & jnp.isfinite(phi)
-        moved = positive | leave | first
-        step = carry.step + (moved & jnp.logical_not(refresh)).astype(jnp.int32)
+        # From scalars alone, so that each vector is still updated in one pass over memory. A NaN
+        # in the product is one in the curvature, too: p has no infinity to hide it.
+        usable = jnp.isfinite(curvature) & jnp.isfinite(alpha)
+        alpha = jnp.where(usable, alpha, 0)
+        x = tree.add_scaled(carry.x, alpha, carry.p)
+        moved = tree.add_scaled(carry.r, -alpha, product)
+        r = tree.where(usable, _select(refresh, tree.sub(b, product), moved), carry.r)
+        rr = tree.dot(r, r)
+        # pᵀr = γ: the old residual is orthogonal to all directions before p.
+        phi = carry.phi - alpha * carry.gamma + 0.5 * alpha**2 * jnp.where(usable, curvature, 0)
+        moves = (positive | leave | first) & usable
+        step = carry.step + (moves & jnp.logical_not(refresh)).astype(jnp.int32)
 
         status = jnp.where(step >= max_steps, _code(StopReason.max_steps), jnp.int32(_RUNNING))
         history = carry.history
@@ -267,25 +246,22 @@ class CG(lx.AbstractLinearSolver[_State]):
         status = jnp.where(jnp.sqrt(rr) <= tolerance, _code(StopReason.converged), status)
         status = jnp.where(leave, _code(StopReason.boundary), status)
         status = jnp.where(positive, status, _code(StopReason.negative_curvature))
-        new = carry._replace(x=x, r=r, rr=rr, phi=phi, step=step, status=status, history=history)
-        return new, usable
-
-    def _direct(self, old, new, usable, defer, precondition, masked) -> _Carry:
-        """The next direction, p ← M r + β p with β = γ₊/γ, and the choice of what to keep."""
-        z = precondition(new.r)
-        gamma = _dot(new.r, z)
-        status = _check_gamma(gamma, new.status)
         status = jnp.where(usable, status, _code(StopReason.nonfinite))
-        # A solve that starts by computing its residual has no direction before: β = 0.
-        beta = jnp.where(old.gamma > 0, gamma / jnp.where(old.gamma > 0, old.gamma, 1), 0)
-        p = _select(defer, old.p, _add_scaled(z, beta, old.p))
-        gamma = _select(defer, old.gamma, gamma)
-        new = new._replace(p=p, gamma=gamma, status=status)
+        return _Carry(x, r, carry.p, carry.gamma, rr, phi, step, carry.trip + 1, status, history)
 
-        # `where` and never `lax.cond`: see `unroll`.
-        active = old.status == _RUNNING if masked else True
-        kept = tree.where(usable & active, new, old)
-        return kept._replace(status=_select(active, status, old.status), trip=old.trip + 1)
+    def _direct(self, carry: _Carry, precondition) -> _Carry:
+        """The next direction, p ← M r + β p with β = γ₊/γ."""
+        z = precondition(carry.r)
+        gamma = tree.dot(carry.r, z)
+        status = _check_gamma(gamma, carry.status)
+        running = status == _RUNNING
+        beta = jnp.where(running, gamma / jnp.where(running, carry.gamma, 1), 0)
+        if self.residual_every is not None:
+            # A step before a recomputed residual leaves it the choice of the next direction.
+            defer = (carry.trip + 1) % (self.residual_every + 1) == 0
+            p = tree.where(defer, carry.p, tree.add_scaled(z, beta, carry.p))
+            return carry._replace(p=p, gamma=jnp.where(defer, carry.gamma, gamma), status=status)
+        return carry._replace(p=tree.add_scaled(z, beta, carry.p), gamma=gamma, status=status)
 
     def _report(self, carry, b, bb, vector, radius, max_steps, structure, negated):
         results = lx.RESULTS
@@ -302,15 +278,16 @@ class CG(lx.AbstractLinearSolver[_State]):
             result = results.where(limit, results.max_steps_reached, result)
         result = results.where(tree.all_finite(vector), result, results.nonfinite_input)
 
-        # A x = b − r, hence xᵀA x = 2 (φ + bᵀx) without a product.
+        # A x = b − r, hence φ(x) = −½ xᵀ(b + r) and xᵀA x = xᵀ(b − r), without a product.
+        phi = _model(carry.x, b, carry.r)
         sign = -1 if negated else 1
         stats = {
             "num_steps": carry.step,
             "max_steps": jnp.asarray(max_steps, jnp.int32),
             "stop": carry.status,
             "residual_norm": jnp.sqrt(carry.rr) / jnp.where(bb == 0, 1, jnp.sqrt(bb)),
-            "quadratic": sign * carry.phi,
-            "curvature": sign * 2 * (carry.phi + _dot(b, carry.x)),
+            "quadratic": sign * phi,
+            "curvature": sign * 2 * (phi + tree.dot(b, carry.x)),
         }
         return tree.cast(carry.x, structure), result, stats
 
@@ -333,22 +310,26 @@ class CG(lx.AbstractLinearSolver[_State]):
         return True
 
 
-def _start(b, bb, y0, precondition) -> tuple[_Carry, int]:
-    """The first carry, and 1 where the first trip is to compute the residual of a warm start."""
+def _start(b, bb, y0, matvec, precondition) -> tuple[_Carry, bool | Bool[Array, ""]]:
+    """The first carry, and whether it starts from zero."""
     status = jnp.where(jnp.isfinite(bb), jnp.int32(_RUNNING), _code(StopReason.nonfinite))
-    zero, none, zeros = jnp.zeros_like(bb), jnp.zeros((), jnp.int32), tree.zeros_like(b)
+    x, r, phi, zero_start = tree.zeros_like(b), b, jnp.zeros_like(bb), True
     if y0 is not None:
         # b = 0 has the solution 0, from wherever one starts.
-        null = bb == 0
-        status = jnp.where(null, _code(StopReason.converged), status)
-        x = tree.where(null | ~tree.all_finite(y0), zeros, y0)
-        unknown = jnp.where(null, zero, jnp.nan)
-        return _Carry(x, zeros, zeros, zero, unknown, unknown, none, none, status, None), 1
-    z = precondition(b)
-    gamma = _dot(b, z)
-    status = _check_gamma(gamma, status)
-    status = jnp.where(bb == 0, _code(StopReason.converged), status)
-    return _Carry(zeros, b, z, gamma, bb, zero, none, none, status, None), 0
+        x = tree.where((bb == 0) | ~tree.all_finite(y0), x, y0)
+        product = matvec(x)
+        # A start from which the product is not finite is none.
+        good = jnp.isfinite(tree.dot(x, product))
+        x = tree.where(good, x, tree.zeros_like(b))
+        r = tree.where(good, tree.sub(b, product), b)
+        phi = _model(x, b, r)
+        zero_start = tree.dot(x, x) == 0
+    z = precondition(r)
+    gamma = tree.dot(r, z)
+    rr = bb if y0 is None else tree.dot(r, r)
+    status = jnp.where(rr == 0, _code(StopReason.converged), _check_gamma(gamma, status))
+    none = jnp.zeros((), jnp.int32)
+    return _Carry(x, r, z, gamma, rr, phi, none, none, status, None), zero_start
 
 
 def _check_gamma(gamma: Scalar, status: Int[Array, ""]) -> Int[Array, ""]:
@@ -365,14 +346,14 @@ def _check_gamma(gamma: Scalar, status: Int[Array, ""]) -> Int[Array, ""]:
 
 
 def _into_ball(x: PyTree[Array], radius: Scalar) -> PyTree[Array]:
-    length = jnp.sqrt(_dot(x, x))
+    length = jnp.sqrt(tree.dot(x, x))
     factor = jnp.where(length > radius, radius / jnp.where(length > 0, length, 1), 1)
     return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, x)
 
 
 def _to_boundary(x, p, alpha, radius) -> tuple[Scalar, Scalar]:
-    """The τ ≥ 0 with ‖x + τp‖ = Δ (Steihaug 1983, eq. 2.3), and ‖x + αp‖²."""
-    xx, xp, pp = _dot(x, x), _dot(x, p), _dot(p, p)
+    """The τ ≥ 0 with ‖x + τp‖ = Δ (Steihaug 1983), and ‖x + αp‖²."""
+    xx, xp, pp = tree.dot(x, x), tree.dot(x, p), tree.dot(p, p)
     length = xx + alpha * (2 * xp + alpha * pp)
     gap = jnp.maximum(radius**2 - xx, 0)
     root = jnp.sqrt(xp**2 + pp * gap)
@@ -387,7 +368,7 @@ def _to_boundary(x, p, alpha, radius) -> tuple[Scalar, Scalar]:
 
 def _model(x: PyTree[Array], b: PyTree[Array], r: PyTree[Array]) -> Scalar:
     """φ(x) = ½ xᵀA x − bᵀx = −½ xᵀ(b + r), as A x = b − r."""
-    return -0.5 * _dot(x, tree.add(b, r))
+    return -0.5 * tree.dot(x, tree.add(b, r))
 
 
 def _model_stalls(history, step, phi, epsilon) -> Bool[Array, ""]:
@@ -399,37 +380,13 @@ def _model_stalls(history, step, phi, epsilon) -> Bool[Array, ""]:
     return (step > window) & (phi < 0) & (phi - before > bound)
 
 
-def _trace(
-    operator: lx.AbstractLinearOperator, example: PyTree[Array], work: PyTree
-) -> tuple[Callable[[PyTree[Array]], PyTree[Array]], bool]:
-    """The product with A on working vectors, traced once, and whether it has a convolution."""
-    # Traced at an actual vector, not at the structure: its sharding then is the right one.
-    jaxpr, out = jax.make_jaxpr(operator.mv, return_shape=True)(example)
-    run, treedef = jex_core.jaxpr_as_fun(jaxpr), jax.tree.structure(out)
-
-    def matvec(v: PyTree[Array]) -> PyTree[Array]:
-        leaves = run(*jax.tree.leaves(tree.cast(v, example)))
-        return tree.cast(jax.tree.unflatten(treedef, leaves), work)
-
-    return matvec, _contains(jaxpr, "conv_general_dilated")
-
-
-def _contains(jaxpr: Any, primitive: str) -> bool:
-    """Whether a primitive occurs in a jaxpr or in any jaxpr carried by its equations."""
-    # By attribute and not by type: open or closed, alone or in the tuple of a cond's branches.
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for eqn in getattr(jaxpr, "eqns", ()):
-        if eqn.primitive.name == primitive:
-            return True
-        for value in eqn.params.values():
-            inner = value if isinstance(value, (tuple, list)) else (value,)
-            if any(_contains(item, primitive) for item in inner):
-                return True
-    return False
+def _working(product, structure: PyTree, work: PyTree) -> Callable[[PyTree[Array]], PyTree[Array]]:
+    """The product with A on working vectors."""
+    return lambda v: tree.cast(product(tree.cast(v, structure)), work)
 
 
 def _preconditioner(
-    operator: lx.AbstractLinearOperator | None, structure: PyTree, work: PyTree
+    operator: Any, structure: PyTree, work: PyTree
 ) -> Callable[[PyTree[Array]], PyTree[Array]]:
     if operator is None:
         return lambda r: r
@@ -454,22 +411,6 @@ def _map_state(function, state: _State, options: dict[str, Any]) -> tuple[_State
     if options.get("preconditioner") is not None:
         mapped["preconditioner"] = function(options["preconditioner"])
     return _State(function(state.operator), state.negated), mapped
-
-
-def _wide(dtype: Any) -> Any:
-    with jax.numpy_dtype_promotion("standard"):
-        return tree.accumulation_dtype(dtype)
-
-
-def _dot(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
-    # Leaves of different dtypes are reduced in the widest of them.
-    with jax.numpy_dtype_promotion("standard"):
-        return tree.dot(a, b)
-
-
-def _add_scaled(a: PyTree[Array], c: Scalar, b: PyTree[Array]) -> PyTree[Array]:
-    with jax.numpy_dtype_promotion("standard"):
-        return tree.add_scaled(a, c, b)
 
 
 def _select(condition: bool | Bool[Array, ""], a: Any, b: Any) -> Any:

@@ -1,8 +1,10 @@
 """Dense solves of small symmetric systems that may be indefinite."""
 
+import functools
 from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree
@@ -28,19 +30,20 @@ class Eigh(lx.AbstractLinearSolver):
                 f"operator: got a {type(operator).__name__} that is not marked symmetric."
             )
         values, vectors = jnp.linalg.eigh(operator.as_matrix())
+        smallest = values[0] if values.size else jnp.zeros((), values.dtype)
         if self.spectrum == "absolute":
             values = jnp.abs(values)
             values = jnp.maximum(values, self.floor * jnp.max(values))
-        return values, vectors
+        return values, vectors, smallest
 
     def compute(
-        self, state: tuple[Array, Array], vector: PyTree[Array], options: dict[str, Any]
+        self, state: tuple[Array, Array, Array], vector: PyTree[Array], options: dict[str, Any]
     ) -> tuple[PyTree[Array], lx.RESULTS, dict[str, Any]]:
-        values, vectors = state
-        flat = _tree.ravel(vector, values.dtype)
-        solution = vectors @ ((vectors.T @ flat) / values)
-        stats = {"smallest_eigenvalue": values[0] if values.size else jnp.zeros((), values.dtype)}
-        return _tree.unravel(vector, solution), lx.RESULTS.successful, stats
+        values, vectors, smallest = state
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        inner = product(vectors.T, _tree.ravel(vector, values.dtype)) / values
+        solution = _tree.unravel(vector, product(vectors, inner))
+        return solution, lx.RESULTS.successful, {"smallest_eigenvalue": smallest}
 
     def transpose(self, state, options: dict[str, Any]):
         return state, options

@@ -1,0 +1,86 @@
+"""Plots of training runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.summary import Comparison
+from experiments.training import Run
+
+# Okabe & Ito's palette, distinct also without colour by the line styles beside it.
+STYLES = {
+    "adam": ("#000000", "-"),
+    "ggn_cg": ("#0072B2", "-"),
+    "newton_cg": ("#D55E00", "--"),
+    "egn": ("#009E73", "-."),
+    "ggn_direct": ("#CC79A7", ":"),
+    "newton_direct": ("#E69F00", (0, (5, 1, 1, 1, 1, 1))),
+}
+
+
+def learning_curves(path: Path, comparisons: Sequence[Comparison], title: str) -> None:
+    """Smoothed training loss against steps and against seconds, a row for each model.
+
+    Each method at its chosen learning rate: the mean over seeds, and a band from least to most.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    height = 1.2 + 3.4 * len(comparisons)
+    figure, grid = plt.subplots(
+        len(comparisons), 2, figsize=(10, height), sharey="row", squeeze=False, layout="constrained"
+    )
+    figure.suptitle(title)
+    for (by_step, by_second), comparison in zip(grid, comparisons, strict=True):
+        for trial in comparison.trials:
+            colour, line = STYLES[trial.method]
+            runs = [run for run in trial.chosen if not run.diverged]
+            if not runs:
+                by_step.plot([], [], color=colour, linestyle=line, label=f"{trial.method} diverged")
+                continue
+            label = f"{trial.method}, learning rate {runs[0].learning_rate:g}"
+            mean, least, most = _over_seeds(runs)
+            steps = np.arange(1, len(mean) + 1)
+            seconds = np.mean([np.cumsum(run.seconds) for run in runs], axis=0)
+            for axes, x in ((by_step, steps), (by_second, seconds)):
+                axes.plot(x, mean, color=colour, linestyle=line, linewidth=1.8, label=label)
+                if len(runs) > 1:
+                    axes.fill_between(x, least, most, color=colour, alpha=0.15, linewidth=0)
+        by_step.set_title(f"{comparison.model}: loss by step", fontsize=11)
+        by_second.set_title(f"{comparison.model}: loss by time", fontsize=11)
+        by_step.set_ylabel("smoothed training loss")
+        by_step.set_xlabel("step")
+        by_second.set_xlabel("seconds (without compilation)")
+        by_second.set_xscale("log")
+        for axes in (by_step, by_second):
+            axes.set_yscale("log")
+            axes.axhline(comparison.target, color="0.45", linewidth=1, linestyle=(0, (1, 2)))
+            axes.grid(True, which="major", color="0.9")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        by_second.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        by_step.annotate(
+            f"target {comparison.target:g}",
+            (1, comparison.target),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="0.35",
+        )
+        by_step.legend(frameon=False, fontsize=9, loc="upper right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _over_seeds(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    losses = np.stack([run.smoothed for run in runs])
+    return losses.mean(0), losses.min(0), losses.max(0)

@@ -1,0 +1,291 @@
+"""Adam and second-order methods, side by side on small models.
+
+    python -m experiments.quickstart
+
+trains an MLP and a convnet on Fashion-MNIST with every method on the same batches, each at the
+learning rate of its own small grid that ends with the least loss, and writes a table, the numbers
+behind it (JSON) and a plot (PNG).
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments import models
+from experiments.data import DataCorrupted, Dataset, DataUnavailable, load
+from experiments.plots import learning_curves
+from experiments.recipes import DENSE, DENSE_LIMIT, RECIPES, ROWS_LIMIT
+from experiments.summary import Comparison, Trial, table, write_json
+from experiments.timing import provenance
+from experiments.training import SMOOTHING, Run, Task, compile_seconds, train
+
+DATASETS = (
+    "fashion-mnist",
+    "concrete",
+    "energy",
+    "kin8nm",
+    "power-plant",
+    "wine-quality-red",
+    "yacht",
+)
+# The loss to reach: Fashion-MNIST's is one that Adam passes well before the end of a default run.
+TARGETS = {"fashion-mnist": 0.4}
+REGRESSION_TARGET = 0.1
+
+EXAMPLES = """examples:
+  python -m experiments.quickstart                       the whole comparison, a few minutes on a CPU
+  python -m experiments.quickstart --smoke               does everything once, says nothing about methods
+  python -m experiments.quickstart --model mlp --seeds 0 1 2
+  python -m experiments.quickstart --dataset kin8nm --methods adam egn ggn_cg
+
+The data are read from the folder CURVAX_DATA if that is set, else fetched once into the cache.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = argparse.ArgumentParser(
+        prog="python -m experiments.quickstart",
+        description="Compare Adam with second-order methods on small models: steps and seconds to "
+        "a training loss, cost of a step and memory of the optimizer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = cli.add_argument
+    add("--dataset", choices=DATASETS, default="fashion-mnist", metavar="NAME",
+        help=f"one of {', '.join(DATASETS)} (default: fashion-mnist); all but the first are "
+        "regression, for the mlp")  # fmt: skip
+    add("--model", nargs="+", choices=models.MODELS, metavar="NAME",
+        help="mlp, cnn or both (default: mlp cnn; mlp for regression)")  # fmt: skip
+    add("--methods", nargs="+", choices=tuple(RECIPES), metavar="NAME",
+        help=f"any of {', '.join(RECIPES)} (default: adam ggn_cg newton_cg, and egn where a batch "
+        f"has at most {ROWS_LIMIT} outputs); the last two only for models of at most "
+        f"{DENSE_LIMIT} parameters")  # fmt: skip
+    add("--steps", type=_positive, metavar="N", help="steps of each run (default: 300)")
+    add("--batch-size", type=_positive, metavar="N", help="examples in a batch (default: 256)")
+    add("--cg-steps", type=_positive, metavar="N",
+        help="steps of conjugate gradients in ggn_cg and newton_cg (default: 5)")  # fmt: skip
+    add("--target", type=float, metavar="LOSS",
+        help=f"the smoothed training loss to reach (default: {TARGETS['fashion-mnist']:g}, "
+        f"{REGRESSION_TARGET:g} for regression)")  # fmt: skip
+    add("--seeds", nargs="+", type=_natural, default=[0], metavar="N",
+        help="seeds of model and batches; every learning rate is run with each (default: 0)")  # fmt: skip
+    add("--out", type=Path, default=Path("results/quickstart"), metavar="FOLDER",
+        help="where quickstart.json and quickstart.png go (default: results/quickstart)")  # fmt: skip
+    add("--no-plot", action="store_true", help="write no PNG")
+    add("--smoke", action="store_true",
+        help="ten steps on a part of the data, two learning rates, two CG steps: under a minute")  # fmt: skip
+    return cli
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _natural(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the numbers."""
+
+    dataset: str
+    models: tuple[str, ...]
+    methods: tuple[str, ...]
+    steps: int
+    batch_size: int
+    cg_steps: int
+    target: float
+    seeds: tuple[int, ...]
+    smoke: bool
+
+
+class Unusable(ValueError):
+    """Flags that do not go together; the message is for the user."""
+
+
+def settle(flags: argparse.Namespace, dataset: Dataset) -> Settings:
+    """The settings that flags and data make together, or `Unusable`."""
+    regression = dataset.kind == "regression"
+    smoke = flags.smoke
+    batch_size = flags.batch_size or (64 if smoke else 256)
+    if batch_size > len(dataset.train[0]):
+        raise Unusable(
+            f"--batch-size {batch_size}: {dataset.name} has {len(dataset.train[0])} examples to "
+            f"train on{' with --smoke' if smoke else ''}."
+        )
+    names = tuple(dict.fromkeys(flags.model or (("mlp",) if regression else models.MODELS)))
+    if regression and "cnn" in names:
+        raise Unusable(f"--model cnn: it takes images, and {dataset.name} has none; use mlp.")
+    rows = batch_size * Task(dataset, names[0]).outputs
+    methods = tuple(dict.fromkeys(flags.methods or ()))
+    if not methods:
+        methods = ("adam", "ggn_cg", "newton_cg") + (("egn",) if rows <= ROWS_LIMIT else ())
+    for name in names:
+        size = models.count(Task(dataset, name).init(jax.random.key(0)))
+        if size > DENSE_LIMIT and set(DENSE) & set(methods):
+            raise Unusable(
+                f"--methods {' '.join(m for m in methods if m in DENSE)}: {name} has {size} "
+                f"parameters, and dense curvature is for at most {DENSE_LIMIT}; use ggn_cg."
+            )
+    target = flags.target
+    if target is None:
+        target = REGRESSION_TARGET if regression else TARGETS[flags.dataset]
+    return Settings(
+        dataset=flags.dataset,
+        models=names,
+        methods=methods,
+        steps=flags.steps or (10 if smoke else 300),
+        batch_size=batch_size,
+        cg_steps=flags.cg_steps or (2 if smoke else 5),
+        target=target,
+        seeds=tuple(dict.fromkeys(flags.seeds)),
+        smoke=smoke,
+    )
+
+
+def compare(settings: Settings, dataset: Dataset, model: str, console: Console) -> Comparison:
+    """All methods on one model, with a progress bar."""
+    task = Task(dataset, model)
+    grids = {name: _grid(name, settings.smoke) for name in settings.methods}
+    total = sum(len(grid) * len(settings.seeds) for grid in grids.values())
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[readings]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    )
+    trials = []
+    with bar:
+        overall = bar.add_task(f"{model}: runs", total=total, readings="")
+        current = bar.add_task("", total=settings.steps, readings="")
+        for name, grid in grids.items():
+            bar.reset(current, description=f"{name}: compiling", total=None)
+            trainer = RECIPES[name].build(task.objective, settings.cg_steps)
+            compiled = compile_seconds(trainer, task, settings.batch_size)
+            runs = []
+            for rate in grid:
+                for seed in settings.seeds:
+                    label = f"{name} @ {rate:g}"
+                    bar.reset(current, description=label, total=settings.steps, readings="")
+
+                    def watch(step: int, readings: dict[str, float]) -> None:
+                        bar.update(current, completed=step, readings=_readings(readings))
+
+                    run = train(
+                        trainer, task, learning_rate=rate, seed=seed, steps=settings.steps,
+                        batch_size=settings.batch_size, watch=watch,
+                    )  # fmt: skip
+                    runs.append(run)
+                    bar.advance(overall)
+                    bar.console.print(_line(model, name, run), highlight=False)
+            trials.append(Trial(name, tuple(runs), compiled))
+    parameters = models.count(task.init(jax.random.key(0)))
+    return Comparison(model, parameters, settings.target, tuple(trials))
+
+
+def _grid(method: str, smoke: bool) -> tuple[float, ...]:
+    grid = RECIPES[method].learning_rates
+    return grid[1:3] if smoke else grid
+
+
+def _readings(readings: dict[str, float]) -> str:
+    text = f"loss {readings['value']:.3f}  {1e3 * readings['seconds']:.1f} ms"
+    if readings["damping"] == readings["damping"]:
+        text += f"  λ {readings['damping']:.1e}  ρ {readings['gain_ratio']:.2f}"
+    return text
+
+
+def _line(model: str, method: str, run: Run) -> str:
+    end = (
+        "diverged"
+        if run.diverged
+        else f"loss {run.final:.3f}, {1e3 * run.step_seconds:.1f} ms/step"
+    )
+    skipped = f", {run.skipped} steps skipped" if run.skipped else ""
+    return f"{model} {method:<10} learning rate {run.learning_rate:<6g} seed {run.seed}: {end}{skipped}"
+
+
+def notes(settings: Settings, edge: bool) -> str:
+    """What the columns mean."""
+    seeds = f"medians over {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else "one seed"
+    text = (
+        f"Loss: smoothed training loss (moving average of batch losses, weight {SMOOTHING:g}); "
+        f"{seeds}; {settings.steps} steps of {settings.batch_size} examples. Steps to Adam's end: "
+        "until the loss with which Adam ended, and (×) as a multiple of Adam's own. Seconds are "
+        "sums over steps; compilation is apart. State: bytes of the optimizer's state."
+    )
+    return text + (" * at an end of its grid." if edge else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, and give the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    cli = parser()
+    flags = cli.parse_args(argv)
+    console, errors = Console(), Console(stderr=True)
+    try:
+        dataset = load(flags.dataset)
+        if flags.smoke:
+            dataset = _part(dataset)
+        settings = settle(flags, dataset)
+        flags.out.mkdir(parents=True, exist_ok=True)
+        _run(settings, dataset, flags, sys.argv[1:] if argv is None else list(argv), console)
+    except (DataUnavailable, DataCorrupted, Unusable, OSError) as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("Interrupted: nothing more is written.")
+        return 130
+    return 0
+
+
+def _run(
+    settings: Settings, dataset: Dataset, flags: Any, argv: list[str], console: Console
+) -> None:
+    about = provenance()
+    about["command"] = " ".join(["python -m experiments.quickstart", *argv])
+    console.print(f"{settings.dataset} on {about['device']}, jax {jax.__version__}")
+    comparisons = [compare(settings, dataset, name, console) for name in settings.models]
+    score = "test\nacc. %" if dataset.kind == "classification" else "test\nRMSE"
+    for comparison in comparisons:
+        title = f"{comparison.model} ({comparison.parameters:,} parameters) on {settings.dataset}"
+        console.print(table(comparison, score, title))
+    edge = any(trial.at_edge for comparison in comparisons for trial in comparison.trials)
+    console.print(notes(settings, edge), style="dim", highlight=False)
+    document = {
+        **about,
+        "settings": dataclasses.asdict(settings),
+        "recipes": {name: RECIPES[name].settings for name in settings.methods},
+        "smoothing": SMOOTHING,
+    }
+    write_json(flags.out / "quickstart.json", document, comparisons)
+    written = [flags.out / "quickstart.json"]
+    if not flags.no_plot:
+        title = f"{settings.dataset}, batches of {settings.batch_size}, {about['device']}"
+        learning_curves(flags.out / "quickstart.png", comparisons, title)
+        written.append(flags.out / "quickstart.png")
+    console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
+
+
+def _part(dataset: Dataset) -> Dataset:
+    train = tuple(array[:2000] for array in dataset.train)
+    test = tuple(array[:500] for array in dataset.test)
+    return dataclasses.replace(dataset, train=train, test=test)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""What the runs of an experiment come to: one row for each method, as a table and as JSON."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from experiments.training import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """All runs of one method on one model: every learning rate with every seed."""
+
+    method: str
+    runs: tuple[Run, ...]
+    compile_seconds: float
+
+    @property
+    def chosen(self) -> tuple[Run, ...]:
+        """The runs, one a seed, at the learning rate with the least mean final loss."""
+        rates = sorted({run.learning_rate for run in self.runs})
+        return min(
+            (tuple(run for run in self.runs if run.learning_rate == rate) for rate in rates),
+            key=lambda runs: statistics.fmean(run.final for run in runs),
+        )
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen learning rate is the largest or smallest of several tried."""
+        rates = sorted({run.learning_rate for run in self.runs})
+        return len(rates) > 2 and self.chosen[0].learning_rate in (rates[0], rates[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method at its chosen learning rate: medians over seeds.
+
+    `to_adam` is steps to the loss at which Adam ended on the same seed, and `to_adam_ratio` the
+    same as a multiple of the steps that Adam itself took to get there first. Infinite is never.
+    """
+
+    method: str
+    learning_rate: float
+    at_edge: bool
+    steps: float
+    seconds: float
+    to_adam: float
+    to_adam_ratio: float
+    final: float
+    score: float
+    milliseconds: float
+    time_ratio: float
+    state_ratio: float
+    compile_seconds: float
+    diverged: int
+    skipped: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The methods on one model. `target` is the fixed loss to be reached."""
+
+    model: str
+    parameters: int
+    target: float
+    trials: tuple[Trial, ...]
+
+    def rows(self) -> list[Row]:
+        adam = {t.method: t for t in self.trials}.get("adam")
+        return [self._row(trial, adam.chosen if adam else None) for trial in self.trials]
+
+    def _row(self, trial: Trial, adam: Sequence[Run] | None) -> Row:
+        runs = trial.chosen
+        reached = [run.reach(self.target) for run in runs]
+        to_adam, ratios = [math.nan], [math.nan]
+        if adam is not None:
+            to_adam = [run.reach(a.final)[0] for run, a in zip(runs, adam, strict=True)]
+            own = [a.reach(a.final)[0] for a in adam]
+            ratios = [
+                n / m if m < math.inf else math.nan for n, m in zip(to_adam, own, strict=True)
+            ]
+        milliseconds = 1e3 * _median(run.step_seconds for run in runs)
+        base = adam or ()
+        return Row(
+            method=trial.method,
+            learning_rate=runs[0].learning_rate,
+            at_edge=trial.at_edge,
+            steps=_median(steps for steps, _ in reached),
+            seconds=_median(seconds for _, seconds in reached),
+            to_adam=_median(to_adam),
+            to_adam_ratio=_median(ratios),
+            final=_median(run.final for run in runs),
+            score=_median(run.score for run in runs),
+            milliseconds=milliseconds,
+            time_ratio=milliseconds / (1e3 * _median(run.step_seconds for run in base)),
+            state_ratio=runs[0].state_bytes / _median(run.state_bytes for run in base),
+            compile_seconds=trial.compile_seconds,
+            diverged=sum(run.diverged for run in trial.runs),
+            skipped=sum(run.skipped for run in runs),
+        )
+
+
+def _median(numbers: Any) -> float:
+    numbers = list(numbers)
+    return statistics.median(numbers) if numbers else math.nan
+
+
+def table(comparison: Comparison, score: str, title: str) -> Table:
+    """The rows for a terminal of 100 columns."""
+    shown = Table(title=title, title_justify="left", caption_justify="left", pad_edge=False)
+    shown.add_column("method", no_wrap=True)
+    goal = f"{comparison.target:g}"
+    for head in (
+        "learning\nrate",
+        f"steps\nto {goal}",
+        f"seconds\nto {goal}",
+        "steps to\nAdam's end",
+        "final\nloss",
+        score,
+        "ms per\nstep",
+        "time\n×Adam",
+        "state\n×Adam",
+        "compile\nseconds",
+    ):
+        shown.add_column(head, justify="right", no_wrap=True)
+    for row in comparison.rows():
+        percent = score.endswith("%")
+        shown.add_row(
+            row.method,
+            f"{row.learning_rate:g}" + ("*" if row.at_edge else ""),
+            _number(row.steps, ".0f"),
+            _number(row.seconds, ".1f"),
+            _number(row.to_adam, ".0f") + _in_brackets(row.to_adam_ratio),
+            "diverged" if row.final == math.inf else f"{row.final:.3f}",
+            _number(100 * row.score if percent else row.score, ".1f" if percent else ".3f"),
+            _number(row.milliseconds, ".1f"),
+            _number(row.time_ratio, ".1f"),
+            _number(row.state_ratio, ".2f"),
+            _number(row.compile_seconds, ".1f"),
+        )
+    return shown
+
+
+def _number(x: float, form: str) -> str:
+    if math.isnan(x):
+        return "–"
+    return "never" if math.isinf(x) else format(x, form)
+
+
+def _in_brackets(ratio: float) -> str:
+    return f" ({ratio:.2f}×)" if math.isfinite(ratio) else ""
+
+
+def write_json(path: Path, settings: dict[str, Any], comparisons: Sequence[Comparison]) -> None:
+    """Settings, rows and every run. What is infinite or not a number is null."""
+    document = {
+        **settings,
+        "comparisons": [
+            {
+                "model": comparison.model,
+                "parameters": comparison.parameters,
+                "target": comparison.target,
+                "rows": [dataclasses.asdict(row) for row in comparison.rows()],
+                "runs": [
+                    {"method": trial.method, **dataclasses.asdict(run)}
+                    for trial in comparison.trials
+                    for run in trial.runs
+                ],
+            }
+            for comparison in comparisons
+        ],
+    }
+    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_finite(value) for value in node]
+    if isinstance(node, float):
+        return float(f"{node:.6g}") if math.isfinite(node) else None
+    return node

@@ -1,0 +1,185 @@
+"""The training loop: one run of one method at one learning rate and seed, timed step by step."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+import curvax as cx
+from curvax import _tree
+from experiments import models
+from experiments.data import Arrays, Dataset, batches
+from experiments.recipes import Telemetry, Trainer
+
+# Weight of the past in the smoothed loss: it looks back over about ten steps.
+SMOOTHING = 0.9
+_EVALUATED_AT_ONCE = 1000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A data set, and the model that is trained on it. The objective follows from the data."""
+
+    dataset: Dataset
+    model: str
+
+    @property
+    def outputs(self) -> int:
+        if self.dataset.kind == "classification":
+            return int(self.dataset.metadata["classes"])
+        return self.dataset.train[1].shape[-1]
+
+    @property
+    def objective(self) -> cx.Objective:
+        classifies = self.dataset.kind == "classification"
+        loss = cx.SoftmaxCrossEntropy() if classifies else cx.SquaredError()
+        return cx.Objective(lambda model, x: model(x), loss)
+
+    def init(self, key: PRNGKeyArray) -> eqx.Module:
+        return models.build(self.model, self.dataset.train[0].shape[1:], self.outputs, key=key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run gave: training loss of each step's batch before the step, and its seconds.
+
+    `score` is the accuracy on the test set, or for regression the root mean squared error in units
+    of the target's standard deviation. A run that met a loss that is not finite stops there, and
+    has `diverged`. `skipped` counts the steps that the method did not take.
+    """
+
+    learning_rate: float
+    seed: int
+    losses: tuple[float, ...]
+    seconds: tuple[float, ...]
+    score: float
+    diverged: bool
+    skipped: int
+    state_bytes: int
+
+    @property
+    def smoothed(self) -> np.ndarray:
+        return smooth(self.losses)
+
+    @property
+    def final(self) -> float:
+        """The smoothed training loss at the end; infinite for a run that diverged."""
+        return math.inf if self.diverged else float(self.smoothed[-1])
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+    def reach(self, target: float) -> tuple[float, float]:
+        """Steps and seconds until the smoothed loss is at most `target`; infinite if never."""
+        below = np.flatnonzero(self.smoothed <= target)
+        if not below.size:
+            return math.inf, math.inf
+        steps = int(below[0]) + 1
+        return steps, sum(self.seconds[:steps])
+
+
+def smooth(losses: tuple[float, ...]) -> np.ndarray:
+    """Exponential moving average, corrected for its start as Adam's moments are."""
+    average, smoothed = 0.0, []
+    for step, loss in enumerate(losses, 1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        smoothed.append(average / (1 - SMOOTHING**step))
+    return np.asarray(smoothed)
+
+
+def compile_seconds(trainer: Trainer, task: Task, batch_size: int) -> float:
+    """Compiles a step, on states that are thrown away, and says how long that took."""
+    key = jax.random.key(0)
+    model = task.init(key)
+    state = trainer.init(model, 0.0)
+    start = time.perf_counter()
+    for batch in batches(task.dataset.train, batch_size, seed=0, steps=trainer.phases + 1):
+        model, state, _ = trainer(model, state, batch, key)
+    jax.block_until_ready(state)
+    return time.perf_counter() - start
+
+
+def train(
+    trainer: Trainer,
+    task: Task,
+    *,
+    learning_rate: float,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    watch: Callable[[int, dict[str, float]], None] | None = None,
+) -> Run:
+    """One run. The seed sets the initial model, the batches and the randomness of the method.
+
+    A step is timed from its batch on the host until its loss is there; drawing the batch is not
+    counted. `watch` is called every few steps, outside of the time that is measured.
+    """
+    key = jax.random.key(seed)
+    model = task.init(key)
+    state = trainer.init(model, learning_rate)
+    state_bytes = _tree.nbytes(trainer.optimizer_state(state))
+    every = max(1, steps // 25)
+    losses: list[jax.Array] = []
+    seconds: list[float] = []
+    diverged = False
+    for step, batch in enumerate(batches(task.dataset.train, batch_size, seed=seed, steps=steps)):
+        step_key = jax.random.fold_in(key, step)
+        start = time.perf_counter()
+        model, state, telemetry = trainer(model, state, batch, step_key)
+        jax.block_until_ready(telemetry.value)
+        seconds.append(time.perf_counter() - start)
+        losses.append(telemetry.value)
+        if step % every == 0 or step == steps - 1:
+            diverged = not bool(jnp.isfinite(telemetry.value))
+            if watch is not None:
+                watch(step + 1, _readings(telemetry, seconds[-every:]))
+            if diverged:
+                break
+    return Run(
+        learning_rate=learning_rate,
+        seed=seed,
+        losses=tuple(float(loss) for loss in jax.device_get(losses)),
+        seconds=tuple(seconds),
+        score=evaluate(model, task),
+        diverged=diverged,
+        skipped=trainer.skipped(state),
+        state_bytes=state_bytes,
+    )
+
+
+def _readings(telemetry: Telemetry, seconds: list[float]) -> dict[str, float]:
+    numbers = {name: float(x) for name, x in jax.device_get(telemetry)._asdict().items()}
+    return {**numbers, "seconds": statistics.median(seconds)}
+
+
+def evaluate(model: Any, task: Task) -> float:
+    """The score on the test set; see `Run`."""
+    classifies = task.dataset.kind == "classification"
+    total, events = 0.0, 0
+    for part in _chunks(task.dataset.test):
+        total += float(_score(model, part, classifies))
+        events += len(part[0])
+    return total / events if classifies else math.sqrt(total / events)
+
+
+def _chunks(arrays: Arrays) -> list[Arrays]:
+    starts = range(0, len(arrays[0]), _EVALUATED_AT_ONCE)
+    return [tuple(array[i : i + _EVALUATED_AT_ONCE] for array in arrays) for i in starts]
+
+
+@eqx.filter_jit
+def _score(model: Callable[[Any], jax.Array], part: Arrays, classifies: bool) -> jax.Array:
+    x, target = part
+    outputs = jax.vmap(model)(jnp.asarray(x))
+    if classifies:
+        return jnp.sum(jnp.argmax(outputs, -1) == target)
+    return jnp.sum((outputs - target) ** 2)

@@ -1,0 +1,212 @@
+"""Row-space and dense symmetric solvers against dense solves."""
+
+import functools
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
+
+import curvax as cx
+from curvax.solvers import row_factor
+
+from .strategies import make_problem, problems
+
+KEY = jax.random.key(3)
+CURVATURES = {
+    "gauss_newton": cx.GaussNewton,
+    "exact": cx.Fisher,
+    "empirical": functools.partial(cx.Fisher, kind="empirical"),
+    "mc": functools.partial(cx.Fisher, kind="mc", key=KEY, samples=2),
+}
+INNER = {"cholesky": lx.Cholesky(), "cg": cx.CG(rtol=1e-14, max_steps=200)}
+
+
+def flat(tree):
+    return ravel_pytree(tree)[0]
+
+
+def close(a, b, rtol=1e-8):
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    np.testing.assert_allclose(a, b, rtol=0, atol=rtol * max(np.abs(b).max(initial=0.0), 1e-3))
+
+
+def normal_like(tree, seed=0):
+    vector, unravel = ravel_pytree(tree)
+    return unravel(jax.random.normal(jax.random.key(seed), vector.shape, vector.dtype))
+
+
+@eqx.filter_jit
+def solve(solver, operator, vector, rows=None):
+    options = {} if rows is None else {"rows": rows}
+    return solver.compute(solver.init(operator, options), vector, options)[0]
+
+
+def build(name, problem):
+    return CURVATURES[name](problem.objective, problem.model, problem.batch)
+
+
+def dense_solve(operator, damping, vector):
+    matrix = operator.as_matrix()
+    return jnp.linalg.solve(matrix + damping * jnp.eye(len(matrix)), flat(vector))
+
+
+# -- rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+@pytest.mark.parametrize(
+    ("model", "loss", "weights"),
+    [("dict", "softmax", "example"), ("sequence", "sigmoid", "event"), ("conv", "gaussian", None)],
+)
+def test_gram_matrix_is_that_of_the_rows(name, model, loss, weights):
+    problem = make_problem(model, loss, weights=weights, l2=0.3)
+    operator = build(name, problem)
+    factor = row_factor(operator)
+    gram = factor.gram()
+    assert lx.is_positive_semidefinite(gram)
+    structure = gram.in_structure()
+    basis = jnp.eye(structure.size).reshape(structure.size, *structure.shape)
+    u = jax.jit(jax.vmap(lambda rows: flat(factor.mv(rows)), out_axes=1))(basis)
+    matrix = operator.as_matrix()
+    close(u @ u.T + factor.shift() * jnp.eye(len(u)), matrix)
+    close(gram.as_matrix(), u.T @ u)
+    products = jax.jit(jax.vmap(lambda rows: gram.mv(rows).reshape(-1), out_axes=1))(basis)
+    close(products, u.T @ u)
+    vector = normal_like(problem.params)
+    close(factor.transpose_mv(vector).reshape(-1), u.T @ flat(vector))
+    assert factor.shift() == 0.3
+
+
+@settings(max_examples=6)
+@given(problems(losses=("squared", "softmax", "softmax_soft", "sigmoid", "poisson", "gaussian")))
+def test_gradient_rows_give_the_gradient_of_the_loss(problem):
+    operator = build("gauss_newton", problem).linearise()
+    factor = row_factor(operator)
+    wanted = problem.dense()["gradient"] - problem.objective.l2 * flat(problem.params)
+    close(flat(factor.mv(factor.gradient_rows())), wanted)
+
+
+# -- solves ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("name", CURVATURES)
+@pytest.mark.parametrize(("model", "weights"), [("dict", "example"), ("sequence", "event")])
+def test_solves(name, inner, model, weights):
+    problem = make_problem(model, "softmax", weights=weights, l2=0.05)
+    operator = build(name, problem)
+    solver = cx.RowSpace(INNER[inner])
+    for seed, damping in ((0, 0.1), (1, 1e-3)):
+        vector = normal_like(problem.params, seed)
+        solution = solve(solver, cx.Damped(operator, damping), vector)
+        close(flat(solution), dense_solve(operator, damping, vector), 1e-7)
+    structure = row_factor(operator).gram().in_structure()
+    rows = jax.random.normal(KEY, structure.shape)
+    vector = row_factor(operator).mv(rows)
+    zeros = jax.tree.map(jnp.zeros_like, vector)  # `rows` stands in for the right-hand side
+    solution = solve(solver, cx.Damped(operator, 0.1), zeros, rows)
+    close(flat(solution), dense_solve(operator, 0.1, vector), 1e-7)
+
+
+def test_solves_through_lineax_with_gradients():
+    problem = make_problem("dict", "squared")
+    vector = normal_like(problem.params)
+
+    def total(model, damping, solver):
+        operator = cx.GaussNewton(problem.objective, model, problem.batch)
+        solution = lx.linear_solve(cx.Damped(operator, damping), vector, solver).value
+        return jnp.sum(flat(solution) ** 2)
+
+    seen, wanted = (
+        jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=2)(problem.model, 0.2, solver)
+        for solver in (cx.RowSpace(), lx.Cholesky())
+    )
+    close(seen[0], wanted[0])
+    close(flat(seen[1]), flat(wanted[1]))
+
+
+def test_refinement_wins_back_the_digits_of_float32():
+    problem = make_problem("mlp", "squared", size=4)
+    narrow = lambda tree: jax.tree.map(
+        lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a, tree
+    )
+    operator = build("gauss_newton", problem)
+    damping = 1e-5 * float(jnp.linalg.norm(operator.as_matrix(), 2))
+    single = cx.GaussNewton(problem.objective, narrow(problem.model), narrow(problem.batch))
+    vector = normal_like(problem.params)
+    # In the row space, where ‖A‖/λ digits cancel
+    vector = operator.mv(vector)
+    wanted = dense_solve(operator, damping, vector)
+    errors = []
+    for refinements in (0, 1, 2):
+        solver = cx.RowSpace(refinements=refinements)
+        solution = solve(solver, cx.Damped(single, damping), narrow(vector))
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(solution))
+        error = jnp.linalg.norm(flat(solution).astype(float) - wanted) / jnp.linalg.norm(wanted)
+        errors.append(float(error))
+    assert errors[1] < 1e-2
+    assert errors[1] < errors[0] / 3
+
+
+def test_restricted_operators_have_rows_too():
+    import optax
+
+    problem = make_problem("dict", "softmax", weights="example")
+    template = problem.params | {"hidden": optax.MaskedNode()}
+    operator = build("gauss_newton", problem).restrict(template)
+    vector = normal_like({k: v for k, v in problem.params.items() if k != "hidden"})
+    vector = vector | {"hidden": optax.MaskedNode()}
+    solution = solve(cx.RowSpace(), cx.Damped(operator, 0.1), vector)
+    close(flat(solution), dense_solve(operator, 0.1, vector))
+
+
+def test_mistakes_are_named():
+    problem = make_problem("dict", "softmax")
+    gauss_newton = build("gauss_newton", problem)
+    hessian = cx.Hessian(problem.objective, problem.model, problem.batch)
+    with pytest.raises(ValueError, match=re.escape("got a GaussNewton, wanted Damped")):
+        cx.RowSpace().init(gauss_newton, {})
+    with pytest.raises(ValueError, match="got a Hessian, which has no row factor"):
+        cx.RowSpace().init(cx.Damped(hessian, 0.1), {})
+    with pytest.raises(ValueError, match="got a Composed that is not marked symmetric"):
+        cx.Eigh().init(gauss_newton @ gauss_newton, {})
+
+
+# -- eigh ------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=5)
+def test_eigh(seed):
+    problem = make_problem("dict", "poisson", l2=-0.4, seed=seed)  # indefinite
+    operator = cx.Hessian(problem.objective, problem.model, problem.batch)
+    matrix = problem.dense()["hessian"]
+    values, basis = jnp.linalg.eigh(matrix)
+    assert values[0] < 0
+    vector = normal_like(problem.params, seed)
+    plain = solve(cx.Eigh(spectrum="as_is"), operator, vector)
+    close(flat(plain), jnp.linalg.solve(matrix, flat(vector)), 1e-6)
+    floor = 0.1
+    magnitudes = jnp.maximum(jnp.abs(values), floor * jnp.max(jnp.abs(values)))
+    absolute = flat(solve(cx.Eigh(floor=floor), operator, vector))
+    close(absolute, basis @ ((basis.T @ flat(vector)) / magnitudes), 1e-8)
+    assert absolute @ flat(vector) > 0
+    for solver in (cx.Eigh(), cx.Eigh(spectrum="as_is")):
+        stats = solver.compute(solver.init(operator, {}), vector, {})[2]
+        close(stats["smallest_eigenvalue"], values[0])
+
+
+def test_eigh_equals_solve_where_definite():
+    problem = make_problem("dict", "softmax", l2=0.5)
+    operator = build("gauss_newton", problem)
+    vector = normal_like(problem.params)
+    for spectrum in ("absolute", "as_is"):
+        solution = lx.linear_solve(operator, vector, cx.Eigh(spectrum=spectrum)).value
+        close(flat(solution), dense_solve(operator, 0.0, vector))

@@ -1,0 +1,629 @@
+"""The Optax contract, and that each method's direction is the one that it promises."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import curvax as cx
+from tests.oracles import damped_solve, dense_gauss_newton, dense_hessian
+from tests.problems import (
+    CG_METHODS,
+    EXACT_CG,
+    GAUSS_NEWTON_METHODS,
+    METHODS,
+    avals,
+    make_method,
+    norm,
+    predict,
+    problem,
+)
+
+DAMPING = {"newton_cg": 4.0, "newton_direct": 0.02}
+tree_get, tree_set = optax.tree_utils.tree_get, optax.tree_utils.tree_set
+
+
+def close(got, wanted, rtol=1e-8, atol=1e-10):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, wanted)
+
+
+def same(got, wanted):
+    """Equal to the last bit, NaN equal to NaN."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def dense_direction(name, p, batch=None, gradient=None):
+    batch = p.batch if batch is None else batch
+    gradient = p.gradient if gradient is None else gradient
+    damping = float(jnp.float32(DAMPING.get(name, 0.3)))
+    if name in GAUSS_NEWTON_METHODS:
+        return damped_solve(dense_gauss_newton(p.objective, p.params, batch), damping, gradient)
+    matrix = dense_hessian(p.objective, p.params, batch)
+    smallest = jnp.linalg.eigvalsh(matrix)[0] + damping
+    # The one needs a definite matrix, the other is only put to the test by an indefinite one.
+    assert smallest > 0 if name == "newton_cg" else smallest < 0
+    return damped_solve(matrix, damping, gradient, absolute=name == "newton_direct")
+
+
+def updater(method):
+    """`update` under jit, with the traces counted in `.traces`."""
+
+    @jax.jit
+    def run(grads, state, params, batch):
+        run.traces += 1
+        return method.update(grads, state, params, batch=batch)
+
+    run.traces = 0
+    return run
+
+
+class Case:
+    """One method on the softmax problem, its update compiled once for the whole module."""
+
+    def __init__(self, name):
+        self.name = name
+        self.problem = problem()
+        self.damping = DAMPING.get(name, 0.3)
+        self.method = make_method(name, self.problem.objective, damping=self.damping)
+        self.state = self.method.init(self.problem.params)
+        self.update = updater(self.method)
+
+    @functools.cached_property
+    def direction(self):
+        return dense_direction(self.name, self.problem)
+
+    @functools.cached_property
+    def first(self):
+        p = self.problem
+        return self.update(p.gradient, self.state, p.params, p.batch)
+
+
+@functools.cache
+def make_case(name):
+    return Case(name)
+
+
+@pytest.fixture(params=METHODS)
+def case(request):
+    return make_case(request.param)
+
+
+# -- directions ------------------------------------------------------------------------------
+
+
+def test_direction_is_the_dense_solve_on_every_route(case):
+    p, method = case.problem, case.method
+    updates, state = case.first
+    close(updates, case.direction)
+    assert int(state.count) == 1 and int(state.skipped) == 0
+
+    @jax.jit
+    def through_observation(params, batch, state):
+        observation = method.observe(params, batch)
+        return method.update(observation.gradient, state, params, observation=observation)
+
+    updates, _ = through_observation(p.params, p.batch, case.state)
+    close(updates, case.direction)
+
+    step = cx.make_step(optax.chain(method, optax.scale(-0.5)), method)
+    moved, _, info = step(p.params, step.init(p.params), p.batch)
+    close(moved, jax.tree.map(lambda w, d: w - 0.5 * d, p.params, case.direction))
+    np.testing.assert_allclose(info.value, p.objective.value(p.params, p.batch), rtol=1e-6)
+    np.testing.assert_allclose(info.gradient_norm, norm(p.gradient), rtol=1e-6)
+    np.testing.assert_allclose(info.solution_norm, norm(case.direction), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["squared", "sigmoid", "poisson", "softmax_soft", "gaussian"])
+@pytest.mark.parametrize("name", METHODS)
+def test_direction_for_other_losses_with_l2(name, loss):
+    p = problem(loss, seed=3, l2=0.1)
+    damping = 30.0 if name in ("newton_cg", "newton_direct") else 0.3
+    if name in GAUSS_NEWTON_METHODS:
+        # The Gauss-Newton matrix of a Gaussian with learned variance is its Fisher information,
+        # which no Hessian of the loss gives: only the others have this oracle.
+        if loss == "gaussian":
+            pytest.skip("not convex in the outputs")
+        matrix = dense_gauss_newton(p.objective, p.params, p.batch)
+    else:
+        matrix = dense_hessian(p.objective, p.params, p.batch)
+        assert jnp.linalg.eigvalsh(matrix)[0] > -damping
+    method = make_method(name, p.objective, damping=damping)
+    updates, _ = jax.jit(method.update)(p.gradient, method.init(p.params), p.params, batch=p.batch)
+    close(updates, damped_solve(matrix, float(jnp.float32(damping)), p.gradient))
+
+
+def test_curvature_batch(case):
+    p, method = case.problem, case.method
+    if case.name in GAUSS_NEWTON_METHODS:
+        matrix = dense_gauss_newton(p.objective, p.params, p.other_batch)
+    else:
+        matrix = dense_hessian(p.objective, p.params, p.other_batch)
+        if case.name == "newton_cg":
+            assert jnp.linalg.eigvalsh(matrix)[0] > -case.damping
+    wanted = damped_solve(
+        matrix,
+        float(jnp.float32(case.damping)),
+        p.gradient,
+        absolute=case.name == "newton_direct",
+    )
+    run = jax.jit(method.update)
+    updates, _ = run(p.gradient, case.state, p.params, batch=p.batch, curvature_batch=p.other_batch)
+    close(updates, wanted)
+
+    step = cx.make_step(optax.chain(method, optax.scale(-1.0)), method)
+    moved, _, info = step(p.params, step.init(p.params), p.batch, curvature_batch=p.other_batch)
+    close(moved, jax.tree.map(jnp.subtract, p.params, wanted))
+    np.testing.assert_allclose(info.value, p.objective.value(p.params, p.batch), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("name", ["ggn_cg", "egn"])
+def test_fisher_curvature(name, kind):
+    p = problem()
+    quantity = cx.FisherCurvature(kind, 2)
+    method = make_method(name, p.objective, damping=0.3, curvature=quantity)
+    key = jax.random.key(5)
+    updates, _ = jax.jit(method.update)(
+        p.gradient, method.init(p.params), p.params, batch=p.batch, key=key
+    )
+    fisher = cx.Fisher(p.objective, p.params, p.batch, key, kind, 2)
+    matrix = fisher.as_matrix()
+    if kind == "exact":
+        np.testing.assert_allclose(
+            matrix, dense_gauss_newton(p.objective, p.params, p.batch), atol=1e-12
+        )
+    if kind == "empirical":
+        x, y = p.batch
+        each = jax.vmap(
+            lambda x, y: jax.flatten_util.ravel_pytree(
+                jax.grad(p.objective.value)(p.params, (x[None], y[None]))
+            )[0]
+        )(x, y)
+        np.testing.assert_allclose(matrix, each.T @ each / x.shape[0], atol=1e-12)
+    close(updates, damped_solve(matrix, float(jnp.float32(0.3)), p.gradient))
+
+
+def test_clipped_gradient_is_solved_for_as_it_comes(case):
+    """Something before the method in a chain changes the right-hand side, not the matrix."""
+    p = case.problem
+    optimizer = optax.chain(optax.clip(0.01), case.method)
+    clipped = jax.tree.map(lambda g: jnp.clip(g, -0.01, 0.01), p.gradient)
+    step = cx.make_step(optimizer, case.method)
+    moved, _, _ = step(p.params, step.init(p.params), p.batch)
+    wanted = dense_direction(case.name, p, gradient=clipped)
+    close(moved, jax.tree.map(jnp.add, p.params, wanted))
+
+
+# -- a transformation among others -------------------------------------------------------------
+
+
+def test_is_an_optax_transformation(case):
+    assert isinstance(case.method, optax.GradientTransformationExtraArgs)
+    init, update = case.method
+    assert init is case.method.init and update is case.method.update
+
+
+def test_named_chain_and_unknown_arguments(case):
+    p = case.problem
+    optimizer = optax.named_chain(
+        ("method", case.method), ("decay", optax.add_decayed_weights(0.1)), ("rate", optax.sgd(0.5))
+    )
+
+    @jax.jit
+    def run(grads, state, params):
+        return optimizer.update(
+            grads, state, params, batch=p.batch, loss_scale=3.0, something_else={"a": None}
+        )
+
+    updates, state = run(p.gradient, optimizer.init(p.params), p.params)
+    wanted = jax.tree.map(lambda d, w: -0.5 * (d + 0.1 * w), case.direction, p.params)
+    close(updates, wanted)
+    assert int(state["method"].count) == 1
+
+
+def test_sign_is_that_of_the_gradient(case):
+    updates, _ = case.first
+    inner = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, updates, case.problem.gradient)))
+    assert inner > 0
+
+
+def mask_of(p):
+    return {"w1": True, "b1": False, "w2": True}
+
+
+def masked_direction(case):
+    """The damped solve with the block of the parameters that take part."""
+    p = case.problem
+    kept = [k for k in p.params if mask_of(p)[k]]
+    part = {k: p.params[k] for k in kept}
+    whole = lambda part: {**p.params, **part}
+    objective = cx.Objective(lambda part, x: predict(whole(part), x), p.objective.loss)
+    gradient = {k: p.gradient[k] for k in kept}
+    if case.name in GAUSS_NEWTON_METHODS:
+        matrix = dense_gauss_newton(objective, part, p.batch)
+    else:
+        matrix = dense_hessian(objective, part, p.batch)
+    return damped_solve(
+        matrix, float(jnp.float32(case.damping)), gradient, absolute=case.name == "newton_direct"
+    )
+
+
+@pytest.mark.parametrize("wrapper", ["masked", "partition"])
+def test_masked_and_partition(case, wrapper):
+    p, method = case.problem, case.method
+    if wrapper == "masked":
+        optimizer = optax.chain(optax.masked(method, mask_of(p)), optax.scale(-1.0))
+    else:
+        labels = {k: "second" if v else "first" for k, v in mask_of(p).items()}
+        optimizer = optax.partition(
+            {"second": optax.chain(method, optax.scale(-1.0)), "first": optax.sgd(1.0)}, labels
+        )
+    state = optimizer.init(p.params)
+    with pytest.raises(ValueError, match=r"observation=method\.observe"):
+        optimizer.update(p.gradient, state, p.params, batch=p.batch)
+
+    @jax.jit
+    def run(params, batch, state):
+        observation = method.observe(params, batch)
+        return optimizer.update(observation.gradient, state, params, observation=observation)
+
+    updates, after = run(p.params, p.batch, state)
+    wanted = jax.tree.map(lambda d: -d, {**p.gradient, **masked_direction(case)})
+    close(updates, wanted)
+    assert avals(after) == avals(state)
+    # And in the fused step, which makes the observation.
+    step = cx.make_step(optimizer, method)
+    moved, _, _ = step(p.params, step.init(p.params), p.batch)
+    close(moved, jax.tree.map(jnp.add, p.params, wanted))
+
+
+@pytest.mark.parametrize("name", CG_METHODS)
+def test_masked_with_everything_that_has_the_shape_of_parameters(name):
+    """A warm start, a preconditioner and a judged step under a mask."""
+    p = problem()
+    method = make_method(
+        name,
+        p.objective,
+        damping=cx.LevenbergMarquardt(4.0),
+        warm_start=0.9,
+        preconditioner=cx.DiagonalPreconditioner(every=2),
+    )
+    optimizer = optax.chain(optax.masked(method, mask_of(p)), optax.scale_by_learning_rate(0.1))
+    step = cx.make_step(optimizer, method)
+    params, state = p.params, step.init(p.params)
+    for i in range(3):
+        params, state, info = step(params, state, p.batch, jax.random.key(i))
+        assert np.isfinite(float(info.gain_ratio))
+    assert float(p.objective.value(params, p.batch)) < float(p.objective.value(p.params, p.batch))
+
+
+def injected(name, objective, **options):
+    if name in CG_METHODS:
+        options["solver"] = EXACT_CG
+    return optax.inject_hyperparams(getattr(cx.methods, name))(objective, **options)
+
+
+def test_inject_hyperparams_number(case):
+    p = case.problem
+    optimizer = injected(case.name, p.objective, damping=case.damping)
+    run = updater(optimizer)
+    state = optimizer.init(p.params)
+    assert float(state.hyperparams["damping"]) == pytest.approx(case.damping)
+    updates, state = run(p.gradient, state, p.params, p.batch)
+    close(updates, case.direction, rtol=1e-6, atol=1e-8)
+    state.hyperparams["damping"] = state.hyperparams["damping"] * 1e6
+    updates, _ = run(p.gradient, state, p.params, p.batch)
+    assert run.traces == 1
+    close(
+        updates,
+        jax.tree.map(lambda g: g / (case.damping * 1e6), p.gradient),
+        rtol=1e-3,
+        atol=1e-12,
+    )
+
+
+def test_inject_hyperparams_schedule(case):
+    p = case.problem
+    schedule = lambda count: case.damping * jnp.where(count == 0, 1.0, 1e6)
+    optimizer = injected(case.name, p.objective, damping=schedule)
+    run = updater(optimizer)
+    state = optimizer.init(p.params)
+    updates, state = run(p.gradient, state, p.params, p.batch)
+    close(updates, case.direction, rtol=1e-6, atol=1e-8)
+    updates, state = run(p.gradient, state, p.params, p.batch)
+    scaled = jax.tree.map(lambda g: g / (case.damping * 1e6), p.gradient)
+    close(updates, scaled, rtol=1e-3, atol=1e-12)
+    assert run.traces == 1
+
+
+def test_multi_steps(case):
+    """Two gradients, accumulated: one solve with their mean, on the last batch."""
+    p = case.problem
+    optimizer = optax.MultiSteps(case.method, every_k_schedule=2).gradient_transformation()
+    run = updater(optimizer)
+    state = optimizer.init(p.params)
+    doubled = jax.tree.map(lambda g: 2 * g, p.gradient)
+    nothing = jax.tree.map(jnp.zeros_like, p.gradient)
+    updates, state = run(doubled, state, p.params, p.batch)
+    same(updates, nothing)
+    updates, state = run(nothing, state, p.params, p.batch)
+    close(updates, case.direction, rtol=1e-6)
+    assert run.traces == 1
+
+
+def test_apply_if_finite(case):
+    p = case.problem
+    optimizer = optax.apply_if_finite(case.method, max_consecutive_errors=3)
+    run = updater(optimizer)
+    updates, state = run(p.gradient, optimizer.init(p.params), p.params, p.batch)
+    close(updates, case.direction)
+    bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), p.gradient)
+    updates, after = run(bad, state, p.params, p.batch)
+    same(updates, jax.tree.map(jnp.zeros_like, p.gradient))
+    same(after.inner_state, state.inner_state)
+
+
+def test_missing_arguments_are_named(case):
+    p = case.problem
+    with pytest.raises(ValueError, match=r"`observation` nor `batch`.*batch=batch"):
+        case.method.update(p.gradient, case.state, p.params)
+    with pytest.raises(ValueError, match=r"params=None"):
+        case.method.update(p.gradient, case.state, batch=p.batch)
+
+
+# -- what JAX asks of a state ------------------------------------------------------------------
+
+
+def rich(name, objective):
+    """The method with as much state as it can have, and every branch under `lax.cond`."""
+    options = {"damping": cx.LevenbergMarquardt(4.0, every=2)}
+    if name in CG_METHODS:
+        options |= {
+            "warm_start": 0.9,
+            "preconditioner": cx.DiagonalPreconditioner(every=3),
+            "solver": cx.CG(max_steps=5),
+        }
+    return make_method(name, objective, **options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scan_cond_and_no_recompilation(name):
+    p = problem()
+    method = rich(name, p.objective)
+    state = method.init(p.params)
+    traces = 0
+
+    @jax.jit
+    def run(grads, state, params, batch, key, skip):
+        nonlocal traces
+        traces += 1
+        take = lambda: method.update(grads, state, params, batch=batch, key=key)
+        return jax.lax.cond(skip, lambda: (grads, state), take)
+
+    one = state
+    for i in range(4):
+        updates, one = run(p.gradient, one, p.params, p.batch, jax.random.key(i), i == 9)
+        assert avals(one) == avals(state), i
+        assert avals(updates) == avals(p.params)
+    assert traces == 1 and int(one.count) == 4
+
+    def body(state, i):
+        updates, state = method.update(
+            p.gradient, state, p.params, batch=p.batch, key=jax.random.key(i)
+        )
+        return state, updates
+
+    scanned, all_updates = jax.lax.scan(body, state, jnp.arange(4))
+    close(scanned, one, rtol=1e-6)
+    close(jax.tree.map(lambda a: a[-1], all_updates), updates, rtol=1e-6)
+
+
+DTYPES = {
+    "float32": ("float32", "float32", "float32"),
+    "bfloat16": ("bfloat16", "bfloat16", "bfloat16"),
+    "mixed": ("float32", "float64", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_updates_have_the_dtypes_of_the_parameters(name, dtypes):
+    p = problem()
+    params = {k: v.astype(d) for (k, v), d in zip(p.params.items(), DTYPES[dtypes], strict=True)}
+
+    def predict_in_float32(params, x):
+        return predict(jax.tree.map(lambda a: a.astype(jnp.float32), params), x)
+
+    objective = cx.Objective(predict_in_float32, cx.SoftmaxCrossEntropy())
+    batch = (p.batch[0].astype(jnp.float32), p.batch[1])
+    method = rich(name, objective)
+    state = method.init(params)
+    gradient = jax.grad(objective.value)(params, batch)
+    run = jax.jit(lambda *a: method.update(*a, batch=batch, key=jax.random.key(0)))
+    updates, after = run(gradient, state, params)
+    assert avals(updates) == avals(params)
+    assert avals(after) == avals(state)
+    assert int(after.skipped) == 0 and float(norm(updates)) > 0
+    # Gradients in a dtype of their own, as mixed-precision training makes them.
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+    updates, after = jax.eval_shape(run, wide, state, params)
+    assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda w: w.dtype, params)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_low_precision_direction(name):
+    """In float32 the direction is that of float64, to float32's digits."""
+    p = problem()
+    low = problem(dtype=jnp.float32)
+    damping = 4.0
+    options = {"solver": cx.CG(rtol=1e-6, max_steps=100)} if name in CG_METHODS else {}
+    method = make_method(name, low.objective, damping=damping, **options)
+    updates, _ = jax.jit(method.update)(
+        low.gradient, method.init(low.params), low.params, batch=low.batch
+    )
+    gauss_newton = name in GAUSS_NEWTON_METHODS
+    dense = dense_gauss_newton if gauss_newton else dense_hessian
+    matrix = dense(p.objective, p.params, p.batch)
+    wanted = damped_solve(matrix, damping, p.gradient)
+    error = norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, updates, wanted))
+    assert float(error) < 1e-5 * float(norm(wanted))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_init_on_shapes(name):
+    p = problem()
+    method = rich(name, p.objective)
+    shapes = jax.eval_shape(lambda: p.params)
+    state = method.init(p.params)
+    same(method.init(shapes), state)
+    abstract = jax.eval_shape(method.init, shapes)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for got, wanted in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert (got.shape, got.dtype, got.weak_type) == (wanted.shape, wanted.dtype, False)
+    step = cx.make_step(method, method)
+    abstract = jax.eval_shape(step.init, p.params)
+    assert [a.shape for a in jax.tree.leaves(abstract)] == [
+        a.shape for a in jax.tree.leaves(step.init(p.params))
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tree_map_params(name):
+    p = problem()
+    method = rich(name, p.objective)
+    optimizer = optax.chain(method, optax.trace(0.9))
+    state = optimizer.init(p.params)
+    mapped = optax.tree_map_params(optimizer, lambda leaf: leaf + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    ones = jax.tree.map(jnp.ones_like, p.params)
+    same(mapped[1].trace, ones)
+    assert int(mapped[0].count) == 0
+    if name in CG_METHODS:
+        same(mapped[0].solution, ones)
+        same(mapped[0].preconditioner.average, ones)
+        assert float(mapped[0].preconditioner.weight) == 0
+    # With the parameters' own trees beside, such as their shardings.
+    mapped = optax.tree_map_params(
+        optimizer, lambda leaf, w: leaf + w, state, p.params, transform_non_params=lambda x: x
+    )
+    same(mapped[1].trace, p.params)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_fields_are_found_by_name(name):
+    p = problem()
+    method = rich(name, p.objective)
+    optimizer = optax.chain(method, optax.scale_by_learning_rate(1.0))
+    state = optimizer.init(p.params)
+    _, state = jax.jit(optimizer.update)(
+        p.gradient, state, p.params, batch=p.batch, key=jax.random.key(0)
+    )
+    for field, wanted in {"count": 1, "skipped": 0, "rejected": 0}.items():
+        assert int(tree_get(state, field)) == wanted, field
+    assert np.isfinite(float(tree_get(state, "gain_ratio")))
+    assert float(tree_get(state, "gradient_norm")) > 0
+    state = tree_set(state, count=jnp.asarray(6, jnp.int32))
+    assert int(tree_get(state, "count")) == 6
+
+
+# -- meshes ------------------------------------------------------------------------------------
+
+SHARDED = """
+    import sys
+    import jax, jax.numpy as jnp, numpy as np, optax
+    jax.config.update("jax_enable_x64", True)
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    import curvax as cx
+    from tests.problems import METHODS, CG_METHODS, avals, make_method, problem
+
+    kind = sys.argv[1]
+    assert len(jax.devices()) == 4
+    if kind == "explicit":
+        mesh = jax.make_mesh((4,), ("data",))
+        assert mesh.axis_types == (AxisType.Explicit,)
+    else:
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    p = problem(seed=1)
+    rng = np.random.default_rng(0)
+    batch = (jnp.asarray(rng.standard_normal((8, 4))), jnp.asarray(rng.integers(0, 3, 8)))
+
+    for name in METHODS:
+        options = {"damping": cx.LevenbergMarquardt(4.0)}
+        if name in CG_METHODS:
+            options |= {"warm_start": 0.9, "preconditioner": cx.DiagonalPreconditioner(every=2)}
+        method = make_method(name, p.objective, **options)
+        optimizer = optax.chain(method, optax.trace(0.9), optax.scale(-0.5))
+        traces = 0
+
+        def run(params, state, batch, key):
+            global traces
+            traces += 1
+            return step.pure(params, state, batch, key)
+
+        step = cx.make_step(optimizer, method)
+        plain, plain_state = p.params, step.init(p.params)
+        for i in range(3):
+            plain, plain_state, _ = step(plain, plain_state, batch, jax.random.key(i))
+
+        with jax.set_mesh(mesh):
+            whole = NamedSharding(mesh, P())
+            params = jax.device_put(p.params, whole)
+            split = jax.device_put(batch, NamedSharding(mesh, P("data")))
+            state = jax.jit(step.init)(params)
+            before = avals(state), [a.sharding for a in jax.tree.leaves(state)]
+            assert avals(step.init(params)) == before[0], name
+            jitted = jax.jit(run)
+            for i in range(3):
+                params, state, _ = jitted(params, state, split, jax.random.key(i))
+                after = avals(state), [a.sharding for a in jax.tree.leaves(state)]
+                assert after[0] == before[0], (name, i, after[0], before[0])
+                for a, b, leaf in zip(after[1], before[1], jax.tree.leaves(state)):
+                    assert a.is_equivalent_to(b, leaf.ndim), (name, i, a, b)
+            assert traces == 1, (name, traces)
+        for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves((plain, plain_state))):
+            tol = 1e-10 if a.dtype == jnp.float64 else 1e-5
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tol, atol=tol)
+        assert int(state.skipped) == 0
+        print(name, "done")
+"""
+
+
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_state_keeps_its_sharding_and_results_equal_one_device(kind):
+    root = pathlib.Path(__file__).parents[1]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(root),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED), kind],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [word for name in METHODS for word in (name, "done")]
+
+
+def test_batch_of_another_size_needs_no_other_state():
+    p = problem()
+    method = make_method("ggn_cg", p.objective, damping=0.3, solver=EXACT_CG)
+    state = method.init(p.params)
+    for batch in (p.batch, p.other_batch):
+        gradient = jax.grad(p.objective.value)(p.params, batch)
+        updates, state = jax.jit(method.update)(gradient, state, p.params, batch=batch)
+        matrix = dense_gauss_newton(p.objective, p.params, batch)
+        close(updates, damped_solve(matrix, float(jnp.float32(0.3)), gradient))
