@@ -374,7 +374,7 @@ class Objective(eqx.Module):
         return self._reduce(params, example, self.outputs(params, example.x, key))
 
     def _reduce(self, params: Params, example: Example, outputs: Array) -> Scalar:
-        values = self.loss.value(outputs, example.target)
+        values = self.loss.value(outputs, jax.tree.map(jnp.asarray, example.target))
         coefficients = self.coefficients(example, values)
         value = jnp.sum(weigh(coefficients, values))
         return value + self._l2_value(params, value.dtype)
@@ -391,10 +391,9 @@ class Objective(eqx.Module):
         self.check(params, batch, key)
         example = self.example(batch)
         outputs, tangent = jax.linearize(lambda p: self.outputs(p, example.x, key), params)
-        values = jax.eval_shape(self.loss.value, outputs, example.target)
-        return Linearisation(
-            params, outputs, example.target, self.coefficients(example, values), tangent
-        )
+        target = jax.tree.map(jnp.asarray, example.target)
+        values = jax.eval_shape(self.loss.value, outputs, target)
+        return Linearisation(params, outputs, target, self.coefficients(example, values), tangent)
 
     def value_of(self, linearisation: Linearisation, batch: Batch) -> Scalar:
         """f(θ), from outputs that are already there."""
@@ -444,7 +443,7 @@ def _without_masked(example: Example) -> Example:
     weight = example.weight
     if not is_array(weight):
         return example
-    masked = ~(weight > 0)
+    masked = weight == np.zeros((), weight.dtype)
 
     def silence(leaf: Any, mask: Any, integers: bool) -> Any:
         if not is_array(leaf) or leaf.shape[: mask.ndim] != mask.shape:

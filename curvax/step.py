@@ -34,7 +34,7 @@ class Step:
 
     def __init__(
         self,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation | optax.MultiSteps,
         method: Method,
         donate: bool = False,
     ):
@@ -166,6 +166,8 @@ class Step:
             params, objective = self.method.objective.bind(model)
             self._outputs[kind] = objective.check(params, batch, key)
             return
+        if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch)):
+            return  # reading what is on a device would wait for it
         target = self.method.objective.example(batch).target
         if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(target)):
             self.method.objective.loss.check(self._outputs[kind], target)
@@ -183,7 +185,10 @@ class Step:
 
 
 def make_step(
-    optimizer: optax.GradientTransformation, method: Method, *, donate: bool = False
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
+    method: Method,
+    *,
+    donate: bool = False,
 ) -> Step:
     """A fused training step for an Optax optimizer that contains a method of curvax.
 

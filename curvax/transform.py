@@ -185,7 +185,9 @@ def second_order(
             rows = _rows_of_gradient(operator, observation, updates)
             if rows is not None:
                 options["rows"] = rows
-        solution, _, stats = solver.compute(solver.init(damped, options), updates, options)
+        # The solvers of lineax mix the dtypes of operator and vector.
+        with jax.numpy_dtype_promotion("standard"):
+            solution, _, stats = solver.compute(solver.init(damped, options), updates, options)
         if damping.bounded:
             solution = _shorten(solution, level.radius)
         length = _tree.norm(solution)

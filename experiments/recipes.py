@@ -160,7 +160,7 @@ _GRID = (0.1, 0.3, 1.0)
 RECIPES: dict[str, Recipe] = {
     "adam": Recipe(_adam, (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2), "β₁ = 0.9, β₂ = 0.999"),
     "ggn_cg": Recipe(_ggn_cg, (0.05, 0.1, 0.2), f"{_WITH}, warm start 0.95"),
-    "newton_cg": Recipe(_newton_cg, _GRID, _WITH),
+    "newton_cg": Recipe(_newton_cg, (0.03, 0.1, 0.3), _WITH),
     "egn": Recipe(_plain(cx.methods.egn), _GRID, _WITH),
     "ggn_direct": Recipe(_plain(cx.methods.ggn_direct), _GRID, _WITH),
     "newton_direct": Recipe(_plain(cx.methods.newton_direct), _GRID, _WITH),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from experiments.training import Run
@@ -82,9 +83,7 @@ class Comparison:
         if adam is not None:
             to_adam = [run.reach(a.final)[0] for run, a in zip(runs, adam, strict=True)]
             own = [a.reach(a.final)[0] for a in adam]
-            ratios = [
-                n / m if m < math.inf else math.nan for n, m in zip(to_adam, own, strict=True)
-            ]
+            ratios = [n / m for n, m in zip(to_adam, own, strict=True)]
         milliseconds = 1e3 * _median(run.step_seconds for run in runs)
         base = adam or ()
         return Row(
@@ -113,7 +112,14 @@ def _median(numbers: Any) -> float:
 
 def table(comparison: Comparison, score: str, title: str) -> Table:
     """The rows for a terminal of 100 columns."""
-    shown = Table(title=title, title_justify="left", caption_justify="left", pad_edge=False)
+    shown = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        collapse_padding=True,
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+    )
     shown.add_column("method", no_wrap=True)
     goal = f"{comparison.target:g}"
     for head in (
@@ -123,10 +129,9 @@ def table(comparison: Comparison, score: str, title: str) -> Table:
         "steps to\nAdam's end",
         "final\nloss",
         score,
-        "ms per\nstep",
+        "ms a\nstep",
         "time\n×Adam",
         "state\n×Adam",
-        "compile\nseconds",
     ):
         shown.add_column(head, justify="right", no_wrap=True)
     for row in comparison.rows():
@@ -142,7 +147,6 @@ def table(comparison: Comparison, score: str, title: str) -> Table:
             _number(row.milliseconds, ".1f"),
             _number(row.time_ratio, ".1f"),
             _number(row.state_ratio, ".2f"),
-            _number(row.compile_seconds, ".1f"),
         )
     return shown
 

@@ -18,11 +18,9 @@ class Workload:
     name: str
     params: Params
     apply: Callable[[Params, Array], Array]
+    predict: Callable[[Params, Array], Array]
     x: Array
     labels: Array
-
-    def predict(self, params: Params, x: Array) -> Array:
-        return self.apply(params, x[None])[0]
 
 
 def mlp(widths: tuple[int, ...] = (784, 256, 256, 10), batch: int = 128) -> Workload:
@@ -39,7 +37,8 @@ def mlp(widths: tuple[int, ...] = (784, 256, 256, 10), batch: int = 128) -> Work
             x = jax.nn.relu(x) if i < len(widths) - 2 else x
         return x
 
-    return _with_data("-".join(map(str, widths)), params, apply, (widths[0],), widths[-1], batch)
+    name = "-".join(map(str, widths))
+    return _with_data(name, params, apply, apply, (widths[0],), widths[-1], batch)
 
 
 def convnet(batch: int = 64) -> Workload:
@@ -65,13 +64,22 @@ def convnet(batch: int = 64) -> Workload:
             x = jax.nn.relu(x + params[f"b{i}"])
         return jnp.mean(x, axis=(1, 2)) @ params["head"]
 
-    return _with_data("convnet", params, apply, (28, 28, 1), 10, batch)
+    def predict(params: Params, x: Array) -> Array:
+        return apply(params, x[None])[0]
+
+    return _with_data("convnet", params, apply, predict, (28, 28, 1), 10, batch)
 
 
 def _with_data(
-    name: str, params: Params, apply: Any, shape: tuple[int, ...], classes: int, batch: int
+    name: str,
+    params: Params,
+    apply: Any,
+    predict: Any,
+    shape: tuple[int, ...],
+    classes: int,
+    batch: int,
 ) -> Workload:
     key_x, key_y = jax.random.split(jax.random.key(1))
     x = jax.random.normal(key_x, (batch, *shape))
     labels = jax.random.randint(key_y, (batch,), 0, max(classes, 2))
-    return Workload(name, params, apply, x, labels)
+    return Workload(name, params, apply, predict, x, labels)

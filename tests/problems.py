@@ -81,7 +81,9 @@ def poisoned(batch):
 
 
 def norm(tree) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+    return jnp.sqrt(
+        sum(jnp.sum(jnp.square(leaf.astype(jnp.float64))) for leaf in jax.tree.leaves(tree))
+    )
 
 
 def avals(tree) -> list[Any]:

@@ -258,23 +258,23 @@ def test_diagonal_average_by_hand(name):
 
 @pytest.mark.parametrize("name", CG_METHODS)
 def test_preconditioner_saves_steps_where_scales_differ(name):
-    p = quadratic_problem(scales=np.geomspace(0.03, 30.0, 12))
+    p = quadratic_problem(scales=np.geomspace(0.1, 100.0, 24))
     steps, directions = {}, {}
     for kind in (None, "diagonal"):
-        preconditioner = kind and cx.DiagonalPreconditioner(every=1, decay=0.9, exponent=1.0)
+        preconditioner = kind and cx.DiagonalPreconditioner(every=1, decay=0.95, exponent=1.0)
         method = make_method(
             name,
             p.objective,
             damping=1e-3,
             preconditioner=preconditioner,
-            solver=cx.CG(rtol=1e-10, max_steps=200),
+            solver=cx.CG(rtol=1e-10, max_steps=400),
         )
         run = jax.jit(method.update)
         state = method.init(p.params)
-        for i in range(20):
+        for i in range(30):
             updates, state = run(p.gradient, state, p.params, batch=p.batch, key=jax.random.key(i))
         steps[kind], directions[kind] = int(state.metrics.solver_steps), updates
-    assert steps["diagonal"] < steps[None]
+    assert 2 * steps["diagonal"] < steps[None]
     close(directions["diagonal"], directions[None], rtol=1e-5, atol=1e-7)
 
 

@@ -123,7 +123,7 @@ def test_make_step_wants_a_method_and_an_optimizer_around_it():
     method = make_method("ggn_direct", p.objective)
     chain = optax.chain(method, optax.scale(-1.0))
     # With annotations checked at run time, they say it first.
-    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match=r"method.*Gradient"):
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match=r"(?s)method.*Gradient"):
         cx.make_step(chain, chain)
     step = cx.make_step(optax.sgd(0.1), method)
     with pytest.raises(ValueError, match=r"optimizer: its state holds no state of a curvax method"):

@@ -156,9 +156,7 @@ def test_one_forward_pass_serves_all(kind):
 def test_fused_step_has_no_second_forward_pass():
     """In the optimised program: as many matrix products as one linearised pass and its uses."""
     p = problem()
-    method = make_method(
-        "ggn_cg", p.objective, damping=0.3, solver=cx.CG(max_steps=3, unroll=False)
-    )
+    method = make_method("ggn_cg", p.objective, damping=0.3, solver=cx.CG(max_steps=3))
     step = cx.make_step(optax.chain(method, optax.scale(-1.0)), method)
     state = step.init(p.params)
     whole = dots(lambda q: step.pure(q, state, p.batch)[0], p.params)

@@ -63,7 +63,8 @@ class flat(AbstractOperator):
 
     def mv(self, vector: Array) -> Array:
         product = self.operator.mv(_tree.unravel(self.operator.in_structure(), vector))
-        return _tree.ravel(product, vector.dtype)
+        # Not the dtype of the vector: traceax's Rademacher probes are integers.
+        return _tree.ravel(product, self.out_structure().dtype)
 
     def as_matrix(self) -> Array:
         return self.operator.as_matrix()

@@ -90,7 +90,7 @@ class CG(lx.AbstractLinearSolver[_State]):
     its boundary; `max_steps_reached` at the step limit (but `successful` when
     `rtol == atol == 0`, which asks for just that many steps); `nonfinite_input` for a `b` that is
     not finite; `breakdown` for other non-finite values, an indefinite preconditioner, and negative
-    curvature without a radius. What is returned is finite in every case: the last iterate, or zero where that overflowed. Negative
+    curvature without a radius. What is returned is the last iterate before a value that was not finite. Negative
     curvature on the first step from zero without a radius returns p = M b itself (Nocedal &
     Wright, Algorithm 7.1): a descent direction, though without a length of its own.
 
@@ -175,7 +175,7 @@ class CG(lx.AbstractLinearSolver[_State]):
             _check_matches("options['y0']", y0, structure)
             y0 = tree.cast(y0, work)
             y0 = y0 if radius is None else _into_ball(y0, radius)
-        carry, zero_start = _start(b, bb, y0, matvec, precondition)
+        carry, zero_start = _start(b, bb, y0, matvec)
         if self.relative_decrease is not None:
             history = jnp.zeros((max_steps + 1,), dtype).at[0].set(carry.phi)
             carry = carry._replace(history=history)
@@ -187,52 +187,76 @@ class CG(lx.AbstractLinearSolver[_State]):
         carry = carry._replace(status=jnp.where(done, _code(StopReason.converged), carry.status))
 
         def trip(carry: _Carry) -> _Carry:
-            carry = self._step(carry, matvec, b, radius, zero_start, max_steps, tolerance)
-            return self._direct(carry, precondition)
+            refresh = False
+            if self.residual_every is not None:
+                refresh = (carry.trip + 1) % (self.residual_every + 1) == 0
+            carry, gamma = self._direct(carry, refresh, precondition)
+            return self._step(
+                carry,
+                gamma,
+                refresh,
+                matvec,
+                precondition is not None,
+                b,
+                radius,
+                zero_start,
+                (max_steps, tolerance),
+            )
 
         carry = jax.lax.while_loop(lambda carry: carry.status == _RUNNING, trip, carry)
-        # A step may overflow from a product that did not. Then nothing is left of x.
-        finite = tree.all_finite(carry.x)
-        carry = carry._replace(
-            x=tree.where(finite, carry.x, tree.zeros_like(b)),
-            r=tree.where(finite, carry.r, b),
-            status=jnp.where(finite, carry.status, _code(StopReason.nonfinite)),
-            step=jnp.where(finite, carry.step, 0),
-        )
         return self._report(carry, b, bb, vector, radius, max_steps, structure, state.negated)
 
-    def _step(self, carry, matvec, b, radius, zero_start, max_steps, tolerance) -> _Carry:
-        """The product with A, the new x, r and φ, and the status as far as they decide it."""
-        refresh = False
-        if self.residual_every is not None:
-            refresh = (carry.trip + 1) % (self.residual_every + 1) == 0
+    def _direct(self, carry: _Carry, refresh, precondition) -> tuple[_Carry, Scalar]:
+        """The next direction, p ← M r + β p with β = γ₊/γ, and γ₊.
+
+        Made where a trip starts, not where the last one ended: p is then read before it is
+        written, and XLA updates it in place.
+        """
+        z = carry.r if precondition is None else precondition(carry.r)
+        gamma = carry.rr if precondition is None else tree.dot(carry.r, z)
+        status = jnp.where(refresh, _RUNNING, _check_gamma(gamma))
+        # γ = 0 stands for "no direction yet".
+        beta = jnp.where(carry.gamma > 0, gamma, 0) / jnp.where(carry.gamma > 0, carry.gamma, 1)
+        p = _select(refresh, carry.p, tree.add_scaled(z, beta, carry.p))
+        return carry._replace(p=p, status=status), _select(refresh, carry.gamma, gamma)
+
+    def _step(
+        self, carry, gamma, refresh, matvec, preconditioned, b, radius, zero_start, limits
+    ) -> _Carry:
+        """The product with A, the new x, r and φ, and why to stop, if at all."""
+        max_steps, tolerance = limits
         product = matvec(_select(refresh, carry.x, carry.p))
         curvature = tree.dot(carry.p, product)
         positive = (curvature > 0) | refresh
-        alpha = jnp.where(positive, carry.gamma / jnp.where(curvature > 0, curvature, 1), 0)
+        # α = length/scale. The division comes last: XLA then keeps α as one scalar, where it
+        # would compute a chain of selects anew for every entry of the vectors below.
+        scale = jnp.where(curvature > 0, curvature, 1)
+        length = jnp.where(positive, gamma, 0)
         if radius is None:
             bounded, leave = False, False
         else:
             bounded = jnp.isfinite(radius)
-            tau, length = _to_boundary(carry.x, carry.p, alpha, radius)
-            leave = bounded & jnp.logical_not(refresh) & ((length >= radius**2) | ~positive)
-            alpha = jnp.where(leave, tau, alpha)
+            tau, reached = _to_boundary(carry.x, carry.p, length / scale, radius)
+            leave = bounded & jnp.logical_not(refresh) & ((reached >= radius**2) | ~positive)
+            length, scale = jnp.where(leave, tau, length), jnp.where(leave, 1, scale)
         # Nocedal & Wright, Algorithm 7.1: the first direction itself, were there nothing better.
         first = (carry.step == 0) & zero_start & ~positive & jnp.logical_not(bounded)
-        alpha = jnp.where(first, 1, jnp.where(refresh, 0, alpha))
+        length = jnp.where(first, 1, jnp.where(refresh, 0, length))
+        # A NaN in the product is one in the curvature, too: p has no infinity to hide it.
+        usable = jnp.isfinite(curvature) & jnp.isfinite(length / scale)
+        usable = usable & (carry.status == _RUNNING)
+        alpha = jnp.where(usable, length, 0) / scale
 
-        # From scalars alone, so that each vector is still updated in one pass over memory. A NaN
-        # in the product is one in the curvature, too: p has no infinity to hide it.
-        usable = jnp.isfinite(curvature) & jnp.isfinite(alpha)
-        alpha = jnp.where(usable, alpha, 0)
         x = tree.add_scaled(carry.x, alpha, carry.p)
+        if preconditioned:  # which may have put a NaN into p
+            x = tree.where(usable, x, carry.x)
         moved = tree.add_scaled(carry.r, -alpha, product)
-        r = tree.where(usable, _select(refresh, tree.sub(b, product), moved), carry.r)
-        rr = tree.dot(r, r)
+        r = _select(refresh, tree.sub(b, product), moved)
+        rr = jnp.where(usable, tree.dot(r, r), carry.rr)
         # pᵀr = γ: the old residual is orthogonal to all directions before p.
-        phi = carry.phi - alpha * carry.gamma + 0.5 * alpha**2 * jnp.where(usable, curvature, 0)
-        moves = (positive | leave | first) & usable
-        step = carry.step + (moves & jnp.logical_not(refresh)).astype(jnp.int32)
+        phi = carry.phi - alpha * gamma + 0.5 * alpha**2 * jnp.where(usable, curvature, 0)
+        moves = (positive | leave | first) & usable & jnp.logical_not(refresh)
+        step = carry.step + moves.astype(jnp.int32)
 
         status = jnp.where(step >= max_steps, _code(StopReason.max_steps), jnp.int32(_RUNNING))
         history = carry.history
@@ -246,22 +270,9 @@ class CG(lx.AbstractLinearSolver[_State]):
         status = jnp.where(jnp.sqrt(rr) <= tolerance, _code(StopReason.converged), status)
         status = jnp.where(leave, _code(StopReason.boundary), status)
         status = jnp.where(positive, status, _code(StopReason.negative_curvature))
-        status = jnp.where(usable, status, _code(StopReason.nonfinite))
-        return _Carry(x, r, carry.p, carry.gamma, rr, phi, step, carry.trip + 1, status, history)
-
-    def _direct(self, carry: _Carry, precondition) -> _Carry:
-        """The next direction, p ← M r + β p with β = γ₊/γ."""
-        z = precondition(carry.r)
-        gamma = tree.dot(carry.r, z)
-        status = _check_gamma(gamma, carry.status)
-        running = status == _RUNNING
-        beta = jnp.where(running, gamma / jnp.where(running, carry.gamma, 1), 0)
-        if self.residual_every is not None:
-            # A step before a recomputed residual leaves it the choice of the next direction.
-            defer = (carry.trip + 1) % (self.residual_every + 1) == 0
-            p = tree.where(defer, carry.p, tree.add_scaled(z, beta, carry.p))
-            return carry._replace(p=p, gamma=jnp.where(defer, carry.gamma, gamma), status=status)
-        return carry._replace(p=tree.add_scaled(z, beta, carry.p), gamma=gamma, status=status)
+        status = jnp.where(usable & jnp.isfinite(rr), status, _code(StopReason.nonfinite))
+        status = jnp.where(carry.status == _RUNNING, status, carry.status)
+        return _Carry(x, r, carry.p, gamma, rr, phi, step, carry.trip + 1, status, history)
 
     def _report(self, carry, b, bb, vector, radius, max_steps, structure, negated):
         results = lx.RESULTS
@@ -276,18 +287,18 @@ class CG(lx.AbstractLinearSolver[_State]):
         if not (_is_zero(self.rtol) and _is_zero(self.atol)):
             limit = carry.status == _code(StopReason.max_steps)
             result = results.where(limit, results.max_steps_reached, result)
+        curvature = 2 * (carry.phi + tree.dot(b, carry.x))  # xᵀA x, without a product
+        # A step may overflow from a product that did not.
+        result = results.where(jnp.isfinite(curvature), result, results.breakdown)
         result = results.where(tree.all_finite(vector), result, results.nonfinite_input)
-
-        # A x = b − r, hence φ(x) = −½ xᵀ(b + r) and xᵀA x = xᵀ(b − r), without a product.
-        phi = _model(carry.x, b, carry.r)
         sign = -1 if negated else 1
         stats = {
             "num_steps": carry.step,
             "max_steps": jnp.asarray(max_steps, jnp.int32),
             "stop": carry.status,
             "residual_norm": jnp.sqrt(carry.rr) / jnp.where(bb == 0, 1, jnp.sqrt(bb)),
-            "quadratic": sign * phi,
-            "curvature": sign * 2 * (phi + tree.dot(b, carry.x)),
+            "quadratic": sign * carry.phi,
+            "curvature": sign * curvature,
         }
         return tree.cast(carry.x, structure), result, stats
 
@@ -310,7 +321,7 @@ class CG(lx.AbstractLinearSolver[_State]):
         return True
 
 
-def _start(b, bb, y0, matvec, precondition) -> tuple[_Carry, bool | Bool[Array, ""]]:
+def _start(b, bb, y0, matvec) -> tuple[_Carry, bool | Bool[Array, ""]]:
     """The first carry, and whether it starts from zero."""
     status = jnp.where(jnp.isfinite(bb), jnp.int32(_RUNNING), _code(StopReason.nonfinite))
     x, r, phi, zero_start = tree.zeros_like(b), b, jnp.zeros_like(bb), True
@@ -324,25 +335,17 @@ def _start(b, bb, y0, matvec, precondition) -> tuple[_Carry, bool | Bool[Array, 
         r = tree.where(good, tree.sub(b, product), b)
         phi = _model(x, b, r)
         zero_start = tree.dot(x, x) == 0
-    z = precondition(r)
-    gamma = tree.dot(r, z)
     rr = bb if y0 is None else tree.dot(r, r)
-    status = jnp.where(rr == 0, _code(StopReason.converged), _check_gamma(gamma, status))
-    none = jnp.zeros((), jnp.int32)
-    return _Carry(x, r, z, gamma, rr, phi, none, none, status, None), zero_start
+    status = jnp.where(rr == 0, _code(StopReason.converged), status)
+    none, zero = jnp.zeros((), jnp.int32), jnp.zeros_like(bb)
+    return _Carry(x, r, tree.zeros_like(b), zero, rr, phi, none, none, status, None), zero_start
 
 
-def _check_gamma(gamma: Scalar, status: Int[Array, ""]) -> Int[Array, ""]:
-    """γ = rᵀM r is a squared norm: there is no next step unless it is positive and finite."""
-    # Where another reason already ended the solve, the next direction does not matter.
-    undecided = (status == _RUNNING) | (status == _code(StopReason.max_steps))
-    found = jnp.where(
-        jnp.isfinite(gamma),
-        _code(StopReason.indefinite_preconditioner),
-        _code(StopReason.nonfinite),
-    )
-    good = (gamma > 0) & jnp.isfinite(gamma)
-    return jnp.where(undecided & ~good, found, status)
+def _check_gamma(gamma: Scalar) -> Int[Array, ""]:
+    """γ = rᵀM r is a squared norm: there is no step unless it is positive and finite."""
+    indefinite = _code(StopReason.indefinite_preconditioner)
+    status = jnp.where(gamma > 0, jnp.int32(_RUNNING), indefinite)
+    return jnp.where(jnp.isfinite(gamma), status, _code(StopReason.nonfinite))
 
 
 def _into_ball(x: PyTree[Array], radius: Scalar) -> PyTree[Array]:
@@ -387,9 +390,9 @@ def _working(product, structure: PyTree, work: PyTree) -> Callable[[PyTree[Array
 
 def _preconditioner(
     operator: Any, structure: PyTree, work: PyTree
-) -> Callable[[PyTree[Array]], PyTree[Array]]:
+) -> Callable[[PyTree[Array]], PyTree[Array]] | None:
     if operator is None:
-        return lambda r: r
+        return None
     if not isinstance(operator, lx.AbstractLinearOperator):
         raise ValueError(
             f"CG: options['preconditioner'] must be a lineax operator, got {type(operator)}."

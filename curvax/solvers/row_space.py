@@ -76,7 +76,7 @@ class OutputRowFactor(AbstractRowFactor):
 
     def transpose_mv(self, vector: Params) -> Array:
         linearisation, metric = self.curvature.linearised()
-        return metric.sqrt_transpose(linearisation.jvp(vector))
+        return metric.sqrt_transpose(linearisation.jvp(_tree.cast(vector, self.curvature.params)))
 
     def gram(self) -> "RowGram":
         return RowGram(self)
@@ -109,8 +109,7 @@ class RowGram(AbstractSymmetricOperator):
         total = jnp.zeros((self.in_size(), self.in_size()), dtype)
         for leaf in leaves:
             if leaf.size:
-                flat = leaf.reshape(self.in_size(), -1).astype(dtype)
-                total = total + jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+                total = total + _gram(leaf.astype(dtype)).reshape(total.shape)
         return total
 
     @property
@@ -120,6 +119,29 @@ class RowGram(AbstractSymmetricOperator):
     def in_structure(self) -> jax.ShapeDtypeStruct:
         struct = self.factor.curvature.linearised()[1].rows_structure()
         return jax.ShapeDtypeStruct(struct.shape, _tree.accumulation_dtype(struct.dtype))
+
+
+def _gram(rows: Float[Array, "batch rows ..."]) -> Float[Array, "batch rows batch rows"]:
+    """R Rᵀ: on an Explicit mesh whole on each device, as a factorisation needs it; rows sharded
+    over the batch could not be on both axes of it.
+    """
+    contracted = tuple(range(2, rows.ndim))
+    return jax.lax.dot_general(
+        rows,
+        rows,
+        ((contracted, contracted), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=_whole(rows, 4),
+    )
+
+
+def _whole(x: Array, ndim: int | None = None) -> jax.sharding.NamedSharding | None:
+    """The sharding of a whole copy on each device, for an array on an Explicit mesh."""
+    mesh = jax.typeof(x).sharding.mesh
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return None
+    ndim = x.ndim if ndim is None else ndim
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * ndim))
 
 
 class RowSpaceState(eqx.Module):
@@ -184,7 +206,10 @@ class RowSpace(lx.AbstractLinearSolver):
         self, state: RowSpaceState, rows: Array
     ) -> tuple[Array, lx.RESULTS, dict[str, Any]]:
         dtype = state.factor.gram().in_structure().dtype
-        solution, result, stats = self.inner.compute(state.inner, rows.astype(dtype), {})
+        vector = rows.astype(dtype)
+        if (whole := _whole(vector)) is not None:
+            vector = jax.sharding.reshard(vector, whole)
+        solution, result, stats = self.inner.compute(state.inner, vector, {})
         return solution.astype(rows.dtype), result, stats
 
     def _woodbury(

@@ -1,0 +1,189 @@
+"""The quickstart experiment, end to end on data made here."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments import data, quickstart
+from experiments.summary import Trial
+from experiments.training import Run, smooth
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def images(train=400, test=100):
+    """Images of three classes, told apart by the row that is bright."""
+    rng = np.random.default_rng(0)
+
+    def split(size):
+        labels = rng.integers(0, 3, size).astype(np.int32)
+        pixels = 0.3 * rng.normal(size=(size, 8, 8))
+        pixels[np.arange(size), 2 * labels] += 1
+        return pixels.astype(np.float32), labels
+
+    return data.Dataset(
+        "fashion-mnist", "classification", split(train), split(test), metadata={"classes": 3}
+    )
+
+
+def columns(train=400, test=100):
+    rng = np.random.default_rng(0)
+
+    def split(size):
+        x = rng.normal(size=(size, 3)).astype(np.float32)
+        return x, np.sin(x.sum(-1, keepdims=True))
+
+    return data.Dataset("yacht", "regression", split(train), split(test))
+
+
+@pytest.fixture(autouse=True)
+def _small_data(monkeypatch):
+    made = {"fashion-mnist": images(), "yacht": columns()}
+    monkeypatch.setattr(quickstart, "load", made.__getitem__)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def run(tmp_path, *flags):
+    assert quickstart.main(["--smoke", "--out", str(tmp_path), *flags]) == 0
+    return json.loads((tmp_path / "quickstart.json").read_text())
+
+
+def losses(document):
+    runs = document["comparisons"][0]["runs"]
+    return {(r["method"], r["learning_rate"]): r["losses"] for r in runs}
+
+
+def test_smoke_writes_numbers_and_plot_and_prints_a_table(tmp_path, capsys):
+    document = run(tmp_path, "--model", "mlp", "--methods", "adam", "ggn_cg")
+    assert {"device", "versions", "date", "command", "settings", "smoothing"} <= set(document)
+    assert document["command"].startswith("python -m experiments.quickstart --smoke")
+    assert document["settings"]["seeds"] == [0]
+    (comparison,) = document["comparisons"]
+    adam, ggn = comparison["rows"]
+    assert (adam["method"], ggn["method"]) == ("adam", "ggn_cg")
+    assert adam["time_ratio"] == adam["state_ratio"] == adam["to_adam_ratio"] == 1
+    # The warm start is one copy of the parameters; Adam has two.
+    assert ggn["state_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert len(comparison["runs"]) == 4
+    for one in comparison["runs"]:
+        assert len(one["losses"]) == len(one["seconds"]) == 10
+        assert one["losses"][-1] < one["losses"][0]
+        assert not one["diverged"]
+        assert 0 <= one["score"] <= 1
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(PNG)
+    printed = capsys.readouterr().out
+    assert "mlp (9,667 parameters) on fashion-mnist" in printed
+    assert max(len(line) for line in printed.splitlines()[:-1]) <= 100
+    for part in ("method", "Adam's end", "ggn_cg", "×Adam", "quickstart.json"):
+        assert part in printed
+    assert "…" not in printed
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path):
+    flags = ("--model", "mlp", "--methods", "adam", "newton_cg", "--no-plot")
+    first, second = (losses(run(tmp_path / str(i), *flags)) for i in range(2))
+    assert first == second
+    other = losses(run(tmp_path / "other", *flags, "--seeds", "1"))
+    assert all(other[key] != first[key] for key in first)
+    assert not (tmp_path / "0" / "quickstart.png").exists()
+
+
+def test_the_convnet_trains(tmp_path):
+    document = run(tmp_path, "--model", "cnn", "--methods", "adam", "--no-plot")
+    assert document["comparisons"][0]["model"] == "cnn"
+
+
+def test_regression_adds_egn(tmp_path, capsys):
+    document = run(
+        tmp_path, "--dataset", "yacht", "--steps", "4", "--no-plot", "--batch-size", "32"
+    )
+    assert document["settings"]["methods"] == ["adam", "ggn_cg", "newton_cg", "egn"]
+    assert document["settings"]["models"] == ["mlp"]
+    assert "RMSE" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_is_shown_as_such(tmp_path, capsys, monkeypatch):
+    grid = quickstart.RECIPES["adam"]
+    wild = type(grid)(grid.build, (0.0, 1e38, 2e38), grid.settings)
+    monkeypatch.setitem(quickstart.RECIPES, "adam", wild)
+    document = run(tmp_path, "--model", "mlp", "--methods", "adam")
+    (comparison,) = document["comparisons"]
+    assert all(one["diverged"] for one in comparison["runs"])
+    assert comparison["rows"][0]["final"] is None
+    assert "diverged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "yacht", "--model", "cnn"], "--model cnn: it takes images"),
+        (["--batch-size", "500"], "--batch-size 500: fashion-mnist has 400 examples"),
+        (["--methods", "ggn_direct"], "parameters, and dense curvature is for at most"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
+    assert quickstart.main(["--out", str(tmp_path), *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "flags", [["--steps", "0"], ["--methods", "sgd"], ["--dataset", "mnist"], ["--seeds", "-1"]]
+)
+def test_flags_that_make_no_sense(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        quickstart.main(flags)
+    assert caught.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_had_are_one_message(monkeypatch, capsys, tmp_path):
+    def load(name):
+        raise data.DataUnavailable(f"{name} is nowhere [to be had]")
+
+    monkeypatch.setattr(quickstart, "load", load)
+    assert quickstart.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.strip() == "error: fashion-mnist is nowhere [to be had]"
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys, tmp_path):
+    def load(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "load", load)
+    assert quickstart.main(["--out", str(tmp_path)]) == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        quickstart.main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for part in ("--dataset", "--model", "--methods", "--seeds", "--smoke", "default", "examples:"):
+        assert part in printed
+
+
+def made_run(losses, rate=1.0, diverged=False):
+    return Run(rate, 0, tuple(losses), (0.5,) * len(losses), 0.0, diverged, 0, 8)
+
+
+def test_smoothing_is_exact_for_a_constant_and_follows_the_recursion():
+    np.testing.assert_allclose(smooth((2.0,) * 30), 2.0)
+    np.testing.assert_allclose(smooth((1.0, 3.0)), [1.0, (0.09 * 1 + 0.1 * 3) / 0.19])
+
+
+def test_steps_and_seconds_to_a_loss():
+    run = made_run([4.0, 2.0, 1.0])
+    assert run.reach(4.0) == (1, 0.5)
+    assert run.reach(float(run.smoothed[1])) == (2, 1.0)
+    assert run.reach(0.5) == (math.inf, math.inf)
+
+
+def test_the_learning_rate_that_ends_lowest_is_chosen_and_an_edge_is_marked():
+    runs = (made_run([1.0], 0.1), made_run([0.5], 0.2), made_run([0.1], 0.4, diverged=True))
+    assert Trial("adam", runs, 0.0).chosen == (runs[1],)
+    assert not Trial("adam", runs, 0.0).at_edge
+    runs = (*runs, made_run([0.2], 0.8))
+    assert Trial("adam", runs, 0.0).at_edge
