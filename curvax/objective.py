@@ -289,13 +289,17 @@ class Objective(eqx.Module):
 
     def outputs(self, params: Params, x: PyTree[Any], key: PRNGKeyArray | None = None) -> Array:
         """The model's outputs on a batch of inputs."""
-        model = self.model(params)
-        if not self.stochastic:
-            return jax.vmap(lambda one: self.predict(model, one))(x)
-        keys = self._example_keys(x, key)
-        return jax.vmap(lambda one, k: self.predict(model, one, k))(x, keys)
+        keys = self.example_keys(x, key)
+        return jax.vmap(lambda one, k: self._predict(params, one, k))(x, keys)
 
-    def _example_keys(self, x: PyTree[Array], key: PRNGKeyArray | None) -> Array:
+    def _predict(self, params: Params, x: PyTree[Any], key: PRNGKeyArray | None) -> Array:
+        model = self.model(params)
+        return self.predict(model, x, key) if self.stochastic else self.predict(model, x)
+
+    def example_keys(self, x: PyTree[Array], key: PRNGKeyArray | None) -> Array | None:
+        """A key for each example, for a stochastic objective."""
+        if not self.stochastic:
+            return None
         if key is None:
             raise ValueError(
                 "key: got None, but this objective is stochastic: pass key=jax.random.key(...)."
@@ -409,6 +413,13 @@ class Objective(eqx.Module):
         """Adds the l2 term's share, l2·v, to a product."""
         return _tree.add_scaled(product, self.l2, vector) if self.l2 else product
 
+    def pull_back_example(
+        self, params: Params, x: PyTree[Array], cotangent: Array, key: PRNGKeyArray | None = None
+    ) -> Params:
+        """Jᵀu of one example."""
+        _, vjp = jax.vjp(lambda p: self._predict(p, x, key), params)
+        return vjp(cotangent)[0]
+
     def pull_back_examples(
         self,
         params: Params,
@@ -421,17 +432,10 @@ class Objective(eqx.Module):
         The result holds batch × columns gradients of the size of the parameters.
         """
 
-        def one(x, cotangents, key):
-            def predict(p):
-                model = self.model(p)
-                return self.predict(model, x, key) if self.stochastic else self.predict(model, x)
+        def one(x: PyTree[Array], cotangents: Array, key: PRNGKeyArray | None) -> Params:
+            return jax.vmap(lambda u: self.pull_back_example(params, x, u, key))(cotangents)
 
-            _, vjp = jax.vjp(predict, params)
-            return jax.vmap(lambda u: vjp(u)[0])(cotangents)
-
-        if not self.stochastic:
-            return jax.vmap(one, (0, 1, None))(x, cotangents, None)
-        return jax.vmap(one, (0, 1, 0))(x, cotangents, self._example_keys(x, key))
+        return jax.vmap(one, (0, 1, 0))(x, cotangents, self.example_keys(x, key))
 
 
 def _without_masked(example: Example) -> Example:

@@ -42,7 +42,7 @@ class ConvNet(eqx.Module):
         self,
         size: int,
         outputs: int,
-        channels: tuple[int, int] = (8, 16),
+        channels: tuple[int, int] = (4, 8),
         *,
         key: PRNGKeyArray,
     ):
@@ -52,7 +52,7 @@ class ConvNet(eqx.Module):
             eqx.nn.Conv2d(1, narrow, 5, 2, padding=2, dtype=jnp.float32, key=first),
             eqx.nn.Conv2d(narrow, wide, 3, 2, padding=1, dtype=jnp.float32, key=second),
         ]
-        self.norms = [eqx.nn.GroupNorm(4, n, dtype=jnp.float32) for n in channels]
+        self.norms = [eqx.nn.GroupNorm(2, n, dtype=jnp.float32) for n in channels]
         side = (size + 3) // 4  # halved twice, rounded up
         self.head = eqx.nn.Linear(wide * side * side, outputs, dtype=jnp.float32, key=last)
 

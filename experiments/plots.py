@@ -67,11 +67,11 @@ def learning_curves(path: Path, comparisons: Sequence[Comparison], title: str) -
         by_second.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         by_step.annotate(
             f"target {comparison.target:g}",
-            (1, comparison.target),
+            (0, comparison.target),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
+            xytext=(3, 2),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             va="bottom",
             fontsize=8,
             color="0.35",

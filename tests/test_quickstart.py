@@ -96,9 +96,7 @@ def test_the_convnet_trains(tmp_path):
 
 
 def test_regression_adds_egn(tmp_path, capsys):
-    document = run(
-        tmp_path, "--dataset", "yacht", "--steps", "4", "--no-plot", "--batch-size", "32"
-    )
+    document = run(tmp_path, "--dataset", "yacht", "--batch-size", "32", "--no-plot")
     assert document["settings"]["methods"] == ["adam", "ggn_cg", "newton_cg", "egn"]
     assert document["settings"]["models"] == ["mlp"]
     assert "RMSE" in capsys.readouterr().out

@@ -356,7 +356,8 @@ def test_multi_steps(case):
         updates, state = run(doubled, state, p.params, p.batch)
         same(updates, nothing)
         updates, state = run(nothing, state, p.params, p.batch)
-    close(updates, case.direction, rtol=1e-6)
+    # The mean is kept in float32.
+    close(updates, case.direction, rtol=1e-5, atol=1e-6)
     assert run.traces == 1
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
 from curvax import _tree
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator, check_structure
@@ -75,7 +75,7 @@ class Scaled(AbstractOperator):
     def __init__(
         self,
         operator: lx.AbstractLinearOperator,
-        scalar: Scalar | float,
+        scalar: ScalarLike,
         *,
         nonnegative: bool | None = None,
     ):
@@ -163,7 +163,7 @@ class Damped(AbstractSymmetricOperator):
     operator: lx.AbstractLinearOperator
     damping: Scalar
 
-    def __init__(self, operator: lx.AbstractLinearOperator, damping: Scalar | float):
+    def __init__(self, operator: lx.AbstractLinearOperator, damping: ScalarLike):
         if not lx.is_symmetric(operator):
             raise ValueError(
                 f"operator: got a {type(operator).__name__} that is not marked symmetric, wanted a "
@@ -214,7 +214,7 @@ def diagonal(operator: lx.AbstractLinearOperator) -> PyTree[Array]:
     return _tree.unravel(operator.in_structure(), lx.diagonal(operator))
 
 
-def _known(scalar: Scalar | float) -> np.ndarray | None:
+def _known(scalar: ScalarLike) -> np.ndarray | None:
     """The value of a scalar, if it can be read now: outside of jnp, which jit would trace."""
     return None if isinstance(scalar, jax.core.Tracer) else np.asarray(scalar)
 

@@ -19,6 +19,7 @@ from curvax import _tree
 from curvax.objective import Batch, Embedded, Linearisation, Objective, Params, keep_unmasked
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator, Transpose
 from curvax.operators.metric import AbstractOutputMetric, LossMetric, ScoreMetric
+from curvax.operators.rows import row_gram
 
 
 class AbstractCurvature(AbstractSymmetricOperator):
@@ -139,13 +140,25 @@ class AbstractOutputCurvature(AbstractCurvature):
         One backward pass over the whole batch for each row that an example has; the result holds
         batch × rows gradients.
         """
+        x = self.objective.example(self.batch).x
+        return self.objective.pull_back_examples(self.params, x, self._row_basis(), self.key)
+
+    def row_gram(self) -> Float[Array, "rows rows"]:
+        """UᵀU, the Gram matrix of the rows, which belong to the first example first.
+
+        Costs one backward pass for each row that an example has, and inner products; of the
+        weights in matrix products no row is ever written out.
+        """
+        x = self.objective.example(self.batch).x
+        return row_gram(self.objective, self.params, x, self._row_basis(), self.key)
+
+    def _row_basis(self) -> Float[Array, "rows batch ..."]:
+        """The cotangents of the outputs that stand for each row of an example."""
         _, metric = self.linearised()
         struct = metric.rows_structure()
         count = struct.size // struct.shape[0]
         basis = jnp.eye(count, dtype=struct.dtype).reshape(count, 1, *struct.shape[1:])
-        cotangents = jax.vmap(lambda row: metric.sqrt(jnp.broadcast_to(row, struct.shape)))(basis)
-        x = self.objective.example(self.batch).x
-        return self.objective.pull_back_examples(self.params, x, cotangents, self.key)
+        return jax.vmap(lambda row: metric.sqrt(jnp.broadcast_to(row, struct.shape)))(basis)
 
     def diagonal(self) -> Params:
         """The exact diagonal: the squared rows, summed."""

@@ -18,7 +18,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
@@ -27,6 +26,7 @@ from curvax.objective import Params
 from curvax.operators.algebra import Damped
 from curvax.operators.base import AbstractSymmetricOperator
 from curvax.operators.curvature import AbstractOutputCurvature
+from curvax.operators.rows import whole
 
 
 class AbstractRowFactor(eqx.Module):
@@ -94,8 +94,8 @@ def _(operator: AbstractOutputCurvature) -> AbstractRowFactor:
 
 
 class RowGram(AbstractSymmetricOperator):
-    """Uᵀ U. A product costs one with U and one with Uᵀ; the matrix is built leaf by leaf from the
-    rows' gradients, by one GEMM a leaf, not by one product a row.
+    """Uᵀ U. A product costs one with U and one with Uᵀ; the matrix is built from the rows' own
+    gradients (see `row_gram` of the curvature), not by one product a row.
     """
 
     factor: OutputRowFactor
@@ -104,13 +104,7 @@ class RowGram(AbstractSymmetricOperator):
         return self.factor.transpose_mv(self.factor.mv(rows))
 
     def as_matrix(self) -> Float[Array, "rows rows"]:
-        leaves = jax.tree.leaves(self.factor.curvature.row_gradients())
-        dtype = self.in_structure().dtype
-        total = jnp.zeros((self.in_size(), self.in_size()), dtype)
-        for leaf in leaves:
-            if leaf.size:
-                total = total + _gram(leaf.astype(dtype)).reshape(total.shape)
-        return total
+        return self.factor.curvature.row_gram().astype(self.in_structure().dtype)
 
     @property
     def positive_semidefinite(self) -> bool:
@@ -119,29 +113,6 @@ class RowGram(AbstractSymmetricOperator):
     def in_structure(self) -> jax.ShapeDtypeStruct:
         struct = self.factor.curvature.linearised()[1].rows_structure()
         return jax.ShapeDtypeStruct(struct.shape, _tree.accumulation_dtype(struct.dtype))
-
-
-def _gram(rows: Float[Array, "batch rows ..."]) -> Float[Array, "batch rows batch rows"]:
-    """R Rᵀ: on an Explicit mesh whole on each device, as a factorisation needs it; rows sharded
-    over the batch could not be on both axes of it.
-    """
-    contracted = tuple(range(2, rows.ndim))
-    return jax.lax.dot_general(
-        rows,
-        rows,
-        ((contracted, contracted), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        out_sharding=_whole(rows, 4),
-    )
-
-
-def _whole(x: Array, ndim: int | None = None) -> jax.sharding.NamedSharding | None:
-    """The sharding of a whole copy on each device, for an array on an Explicit mesh."""
-    mesh = jax.typeof(x).sharding.mesh
-    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
-        return None
-    ndim = x.ndim if ndim is None else ndim
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * ndim))
 
 
 class RowSpaceState(eqx.Module):
@@ -207,8 +178,7 @@ class RowSpace(lx.AbstractLinearSolver):
     ) -> tuple[Array, lx.RESULTS, dict[str, Any]]:
         dtype = state.factor.gram().in_structure().dtype
         vector = rows.astype(dtype)
-        if (whole := _whole(vector)) is not None:
-            vector = jax.sharding.reshard(vector, whole)
+        vector = whole(vector)
         solution, result, stats = self.inner.compute(state.inner, vector, {})
         return solution.astype(rows.dtype), result, stats
 

@@ -1,0 +1,42 @@
+"""The Python blocks of the pages and of README.md, run in order, one namespace a page."""
+
+import doctest
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = sorted(
+    page
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    if BLOCK.search(page.read_text(encoding="utf-8"))
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_reader_runs_it():
+    """With the defaults of JAX, not those of this test suite."""
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_blocks_run(page: Path):
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    text = page.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        source = match.group(1)
+        if source.lstrip().startswith(">>>"):
+            examples = doctest.DocTestParser().get_examples(source)
+            source = "\n".join(example.source for example in examples)
+        # Lines of the page, so that a traceback points at them.
+        first = text.count("\n", 0, match.start(1))
+        exec(compile("\n" * first + source, str(page), "exec"), namespace)
+
+
+def test_pages_have_blocks():
+    names = {page.relative_to(ROOT).as_posix() for page in PAGES}
+    assert {"README.md", "docs/index.md", "docs/concepts.md", "docs/extending.md"} <= names
