@@ -24,11 +24,16 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
 
 
 def evaluate(
-    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], rule: Rule | None = None
+    jaxpr: Any,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    rule: Rule | None = None,
+    wanted: Sequence[Any] | None = None,
 ) -> list[Array]:
     """Evaluates a jaxpr with the calls in it inlined.
 
-    `rule(eqn, inputs)` may give the outputs of an equation in place of the equation itself.
+    `rule(eqn, inputs)` may give the outputs of an equation in place of the equation itself;
+    `wanted` asks for other variables than the outputs.
     """
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
@@ -47,7 +52,7 @@ def evaluate(
             outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(atom) for atom in (jaxpr.outvars if wanted is None else wanted)]
 
 
 def is_literal(atom: Any) -> bool:

@@ -268,8 +268,8 @@ class Objective(eqx.Module):
             parts = tuple(batch)
         else:
             raise ValueError(
-                f"batch: got a {type(batch).__name__} with leaves {_describe_leaves(batch)}, wanted "
-                "(x, target), (x, target, weight), or a mapping with the keys 'x', 'y' and "
+                f"batch: got a {type(batch).__name__} with leaves {_describe_leaves(batch)}, "
+                "wanted (x, target), (x, target, weight), or a mapping with the keys 'x', 'y' and "
                 "optionally 'weight'. For any other layout pass Objective(..., split=...)."
             )
         as_array = lambda leaf: leaf if hasattr(leaf, "shape") else jnp.asarray(leaf)
@@ -296,7 +296,7 @@ class Objective(eqx.Module):
         model = self.model(params)
         return self.predict(model, x, key) if self.stochastic else self.predict(model, x)
 
-    def example_keys(self, x: PyTree[Array], key: PRNGKeyArray | None) -> Array | None:
+    def example_keys(self, x: PyTree, key: PRNGKeyArray | None) -> Array | None:
         """A key for each example, for a stochastic objective."""
         if not self.stochastic:
             return None

@@ -68,6 +68,8 @@ class Step:
         curvature_batch: Batch | None = None,
     ) -> tuple[PyTree[Any], StepState, Metrics]:
         """One step. **Raises** `ValueError` for a batch that does not fit model and loss."""
+        if isinstance(state.count, jax.core.Tracer):  # inside a jit of the user's
+            return self.pure(model, state, batch, key, curvature_batch=curvature_batch)
         self._check(model, batch, key)
         count = self._host_count(state.count)
         phase = self.method.plan.phase(count)
@@ -159,14 +161,14 @@ class Step:
 
     def _check(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None) -> None:
         """Shapes once for each kind of batch; values of targets whenever the host has them."""
-        kind = tuple(
-            (leaf.shape, leaf.dtype) if is_array(leaf) else leaf for leaf in jax.tree.leaves(batch)
-        )
+        leaves, treedef = jax.tree.flatten(batch)
+        shapes = ((leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf) for leaf in leaves)
+        kind = (treedef, *shapes)
         if kind not in self._outputs:
             params, objective = self.method.objective.bind(model)
             self._outputs[kind] = objective.check(params, batch, key)
             return
-        if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch)):
+        if not any(isinstance(leaf, np.ndarray) for leaf in leaves):
             return  # reading what is on a device would wait for it
         target = self.method.objective.example(batch).target
         if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(target)):

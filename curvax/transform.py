@@ -27,8 +27,8 @@ class Metrics(NamedTuple):
     value: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     solution_norm: Float[Array, ""]
-    damping: Float[Array, ""]
-    radius: Float[Array, ""]
+    damping_used: Float[Array, ""]
+    radius_used: Float[Array, ""]
     gain_ratio: Float[Array, ""]
     solver_steps: Int[Array, ""]
     solver_residual: Float[Array, ""]
@@ -39,12 +39,13 @@ class Metrics(NamedTuple):
 class SecondOrderState(NamedTuple):
     """State of a method: everything people look at, by name (`optax.tree_utils.tree_get`).
 
-    `solution` is the warm start of the solver (None without one), `skipped` counts the steps not
-    taken because something was not finite, `rejected` those not taken because of their gain.
+    `level` holds the damping and the radius of the next step, `solution` the warm start of the
+    solver (None without one); `skipped` counts the steps not taken because something was not
+    finite, `rejected` those not taken because of their gain.
     """
 
     count: Int[Array, ""]
-    damping: DampingState
+    level: DampingState
     solution: Params | None
     preconditioner: Any
     skipped: Int[Array, ""]
@@ -87,13 +88,13 @@ class Method(optax.GradientTransformationExtraArgs):
         """The state after a step with this gain ratio, and whether to take the step."""
         gain = Gain(ratio, state.metrics.solution_norm)
         accepted = jnp.asarray(self.damping.accepts(gain)) | ~jnp.asarray(due)
-        learned = self.damping.update(state.damping, gain)
-        damping = _tree.where(jnp.asarray(due), learned, state.damping)
+        learned = self.damping.update(state.level, gain)
+        level = _tree.where(jnp.asarray(due), learned, state.level)
         metrics = state.metrics._replace(
             gain_ratio=jnp.where(due, ratio, jnp.nan).astype(jnp.float32), accepted=accepted
         )
         rejected = state.rejected + (~accepted).astype(jnp.int32)
-        return state._replace(damping=damping, metrics=metrics, rejected=rejected), accepted
+        return state._replace(level=level, metrics=metrics, rejected=rejected), accepted
 
 
 def second_order(
@@ -140,7 +141,7 @@ def second_order(
         zero = lambda: jnp.zeros((), jnp.int32)
         return SecondOrderState(
             count=zero(),
-            damping=damping.init(),
+            level=damping.init(),
             solution=None if warm_start is None else _tree.zeros_like(params),
             preconditioner=None if preconditioner is None else preconditioner.init(params),
             skipped=zero(),
@@ -167,15 +168,15 @@ def second_order(
         operator = observation[curvature]
         if is_masked_tree(updates):
             operator = operator.restrict(updates)
-        level = damping.at(state.damping, state.count)
+        level = damping.at(state.level, state.count)
         memory = state.preconditioner
         if preconditioner is not None:
             memory = preconditioner.update(memory, observation)
-        damped = Damped(operator, level.value)
+        damped = Damped(operator, level.damping)
 
         options: dict[str, Any] = {}
         if preconditioner is not None:
-            options["preconditioner"] = preconditioner.operator(memory, level.value)
+            options["preconditioner"] = preconditioner.operator(memory, level.damping)
         if state.solution is not None:
             assert warm_start is not None
             options["y0"] = _tree.scale(warm_start, state.solution)
@@ -201,8 +202,8 @@ def second_order(
             value=_f32(observation.value),
             gradient_norm=_f32(gradient_norm),
             solution_norm=_f32(length),
-            damping=_f32(level.value),
-            radius=_f32(level.radius),
+            damping_used=_f32(level.damping),
+            radius_used=_f32(level.radius),
             gain_ratio=_f32(jnp.nan),
             solver_steps=jnp.asarray(stats.get("num_steps", -1), jnp.int32),
             solver_residual=_f32(stats.get("residual_norm", jnp.nan)),
@@ -210,7 +211,7 @@ def second_order(
             finite=finite,
         )
         new = state._replace(
-            damping=level,
+            level=level,
             solution=None if state.solution is None else _tree.cast(solution, state.solution),
             preconditioner=memory,
             metrics=metrics,

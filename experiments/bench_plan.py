@@ -131,48 +131,49 @@ def product_section(workloads: list[Workload], seconds: float) -> list[Row]:
     A product is the slope over repeated products with a linearised operator (its forward pass is
     made once, as in a solve); "alone" is one product with its own forward pass.
     """
-    rows: list[Row] = []
-    repeats = 5
-    for workload in workloads:
-        objective = cx.Objective(workload.predict, cx.SoftmaxCrossEntropy())
-        batch = (workload.x, workload.labels)
-        gradient = jax.jit(jax.value_and_grad(lambda p: objective.value(p, batch)))
-        for operator in (cx.GaussNewton, cx.Hessian):
+    return [
+        _product_row(operator, workload, seconds / (2 * len(workloads)))
+        for workload in workloads
+        for operator in (cx.GaussNewton, cx.Hessian)
+    ]
 
-            def products(count: int, operator: Any = operator) -> Any:
-                def run(params: Any) -> Any:
-                    linear = lx.linearise(operator(objective, params, batch))
-                    vector = params
-                    for _ in range(count):
-                        vector = jax.tree.map(lambda v: 1e-2 * v, linear.mv(vector))
-                    return vector
 
-                return jax.jit(run)
+def _product_row(operator: Any, workload: Workload, seconds: float, repeats: int = 5) -> Row:
+    objective = cx.Objective(workload.predict, cx.SoftmaxCrossEntropy())
+    params, batch = workload.params, (workload.x, workload.labels)
 
-            one, many = products(1), products(1 + repeats)
-            alone = jax.jit(lambda p, operator=operator: operator(objective, p, batch).mv(p))
-            times = interleave(
-                {
-                    "gradient": lambda: gradient(workload.params),
-                    "one": lambda one=one: one(workload.params),
-                    "many": lambda many=many: many(workload.params),
-                    "alone": lambda alone=alone: alone(workload.params),
-                },
-                seconds=seconds / (2 * len(workloads)),
-            )
-            product = (times["many"].median - times["one"].median) / repeats
-            rows.append(
-                {
-                    "model": workload.name,
-                    "product with": operator.__name__,
-                    "gradient ms": 1e3 * times["gradient"].median,
-                    "product / gradient": product / times["gradient"].median,
-                    "alone / gradient": times["alone"].median / times["gradient"].median,
-                    "spread": times["many"].spread,
-                    "rounds": len(times["many"].seconds),
-                }
-            )
-    return rows
+    def products(count: int) -> Run:
+        def run(params: Any) -> Any:
+            linear = lx.linearise(operator(objective, params, batch))
+            vector = params
+            for _ in range(count):
+                vector = jax.tree.map(lambda v: 1e-2 * v, linear.mv(vector))
+            return vector
+
+        compiled = jax.jit(run)
+        return lambda: compiled(params)
+
+    gradient = jax.jit(jax.value_and_grad(lambda p: objective.value(p, batch)))
+    alone = jax.jit(lambda p: operator(objective, p, batch).mv(p))
+    times = interleave(
+        {
+            "gradient": lambda: gradient(params),
+            "one": products(1),
+            "many": products(1 + repeats),
+            "alone": lambda: alone(params),
+        },
+        seconds=seconds,
+    )
+    product = (times["many"].median - times["one"].median) / repeats
+    return {
+        "model": workload.name,
+        "product with": operator.__name__,
+        "gradient ms": 1e3 * times["gradient"].median,
+        "product / gradient": product / times["gradient"].median,
+        "alone / gradient": times["alone"].median / times["gradient"].median,
+        "spread": times["many"].spread,
+        "rounds": len(times["many"].seconds),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

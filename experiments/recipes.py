@@ -96,7 +96,7 @@ class SecondOrder:
         self, model: PyTree[Any], state: cx.StepState, batch: Arrays, key: PRNGKeyArray
     ) -> tuple[PyTree[Any], cx.StepState, Telemetry]:
         model, state, info = self._step(model, state, batch, key)
-        return model, state, Telemetry(info.value, info.damping, info.gain_ratio)
+        return model, state, Telemetry(info.value, info.damping_used, info.gain_ratio)
 
     def optimizer_state(self, state: cx.StepState) -> Any:
         return state.optimizer
@@ -158,7 +158,7 @@ _WITH = "Levenberg-Marquardt damping, λ from 1 down to at least 0.01"
 _GRID = (0.1, 0.3, 1.0)
 
 RECIPES: dict[str, Recipe] = {
-    "adam": Recipe(_adam, (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2), "β₁ = 0.9, β₂ = 0.999"),
+    "adam": Recipe(_adam, (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2), "β₁ = 0.9, β₂ = 0.999"),
     "ggn_cg": Recipe(_ggn_cg, (0.05, 0.1, 0.2), f"{_WITH}, warm start 0.95"),
     "newton_cg": Recipe(_newton_cg, (0.03, 0.1, 0.3), _WITH),
     "egn": Recipe(_plain(cx.methods.egn), _GRID, _WITH),

@@ -28,7 +28,7 @@ def write_results(
     provenance: Row,
     echo: Callable[[str], None],
 ) -> None:
-    """Makes each section, shows it, and writes what there is so far: a run cut short is not lost."""
+    """Makes, shows and writes one section after the other: a run cut short is not lost."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, list[Row]] = {}
     for name, make in sections.items():

@@ -1,6 +1,7 @@
 """Small models as plain functions of a parameter dict, for timing side by side with peers."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ def mlp(widths: tuple[int, ...] = (784, 256, 256, 10), batch: int = 128) -> Work
     """A ReLU network 784-256-256-10 with a random batch."""
     keys = jax.random.split(jax.random.key(0), len(widths) + 1)
     params: Params = {}
-    for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         params[f"w{i}"] = jax.random.normal(keys[i], (fan_in, fan_out)) * (2 / fan_in) ** 0.5
         params[f"b{i}"] = jnp.zeros((fan_out,))
 
@@ -46,7 +47,7 @@ def convnet(batch: int = 64) -> Workload:
     channels = (1, 16, 32, 32)
     keys = jax.random.split(jax.random.key(0), 5)
     params: Params = {}
-    for i, (fan_in, fan_out) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(channels)):
         scale = (2 / (9 * fan_in)) ** 0.5
         params[f"w{i}"] = jax.random.normal(keys[i], (3, 3, fan_in, fan_out)) * scale
         params[f"b{i}"] = jnp.zeros((fan_out,))

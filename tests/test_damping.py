@@ -47,7 +47,7 @@ def test_levenberg_marquardt_rule(ratio, factor, accepted):
     policy = cx.LevenbergMarquardt(2.0)
     gain = cx.Gain(jnp.float32(ratio), jnp.float32(1.0))
     state = policy.update(policy.init(), gain)
-    np.testing.assert_allclose(state.value, 2.0 * factor, rtol=1e-6)
+    np.testing.assert_allclose(state.damping, 2.0 * factor, rtol=1e-6)
     assert float(state.radius) == np.inf
     assert bool(policy.accepts(gain)) == accepted
 
@@ -58,7 +58,7 @@ def test_levenberg_marquardt_limits_and_constants():
     )
     for ratio, wanted in [(0.39, 5.0), (0.51, 0.2), (0.45, 1.0)]:
         state = policy.update(policy.init(), cx.Gain(jnp.float32(ratio), jnp.float32(1.0)))
-        np.testing.assert_allclose(state.value, wanted, rtol=1e-6)
+        np.testing.assert_allclose(state.damping, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_trust_region_rule(ratio, length, radius, accepted):
     gain = cx.Gain(jnp.float32(ratio), jnp.float32(length))
     state = policy.update(policy.init(), gain)
     np.testing.assert_allclose(state.radius, radius, rtol=1e-6)
-    assert float(state.value) == 0.25
+    assert float(state.damping) == 0.25
     assert bool(policy.accepts(gain)) == accepted
 
 
@@ -145,7 +145,7 @@ def test_gain_ratio_by_hand_and_what_is_learned(name, policy):
     for i, (before, memory, after, learned, info) in enumerate(found):
         if policy in ("constant", "scheduled"):
             wanted = 4.0 if policy == "constant" else 4.0 / (1 + i)
-            np.testing.assert_allclose(info.damping, wanted, rtol=1e-6)
+            np.testing.assert_allclose(info.damping_used, wanted, rtol=1e-6)
             assert np.isnan(info.gain_ratio) and bool(info.accepted)
             continue
         assert bool(info.accepted)
@@ -157,13 +157,13 @@ def test_gain_ratio_by_hand_and_what_is_learned(name, policy):
         actual = p.objective.value(before, p.batch) - p.objective.value(after, p.batch)
         np.testing.assert_allclose(info.gain_ratio, actual / predicted, rtol=1e-5)
         np.testing.assert_allclose(norm(change), RATE * info.solution_norm, rtol=1e-5)
-        np.testing.assert_allclose(info.damping, memory.damping.value)
+        np.testing.assert_allclose(info.damping_used, memory.level.damping)
         gain = cx.Gain(info.gain_ratio, info.solution_norm)
-        close(learned.damping, method.damping.update(memory.damping, gain), rtol=1e-6)
+        close(learned.level, method.damping.update(memory.level, gain), rtol=1e-6)
     if policy == "levenberg":
-        assert float(found[-1][3].damping.value) != 4.0
+        assert float(found[-1][3].level.damping) != 4.0
     if policy == "trust":
-        radii = [float(memory.damping.radius) for _, memory, *_ in found]
+        radii = [float(memory.level.radius) for _, memory, *_ in found]
         for radius, (*_, info) in zip(radii, found, strict=True):
             assert float(info.radius) == radius
             assert float(info.solution_norm) <= radius * (1 + 1e-5)
@@ -180,7 +180,7 @@ def test_quadratic_objective_has_gain_one(name):
     state = method.init(p.params)
     _, state = jax.jit(method.update)(p.gradient, state, p.params, batch=p.batch)
     assert float(state.metrics.gain_ratio) == 1.0
-    np.testing.assert_allclose(state.damping.value, 0.5 * 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(state.level.damping, 0.5 * 2 / 3, rtol=1e-6)
     step = cx.make_step(optax.chain(method, optax.scale(-1.9)), method)
     _, _, info = step(p.params, step.init(p.params), p.batch)
     np.testing.assert_allclose(info.gain_ratio, 1.0, rtol=1e-6)
@@ -208,9 +208,9 @@ def test_step_that_makes_it_worse_is_not_taken(name, policy):
     assert int(method_state.rejected) == 1 and int(after.skipped) == int(method_state.skipped) == 0
     assert int(after.count) == int(method_state.count) == 1
     if policy == "levenberg":
-        np.testing.assert_allclose(method_state.damping.value, 6.0, rtol=1e-6)
+        np.testing.assert_allclose(method_state.level.damping, 6.0, rtol=1e-6)
     else:
-        np.testing.assert_allclose(method_state.damping.radius, 0.0125, rtol=1e-5)
+        np.testing.assert_allclose(method_state.level.radius, 0.0125, rtol=1e-5)
 
 
 def test_rejection_in_the_update_loop():

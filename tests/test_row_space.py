@@ -79,7 +79,7 @@ def row_views(operator, vector):
 @pytest.mark.parametrize("name", CURVATURES)
 @pytest.mark.parametrize(
     ("model", "loss", "weights"),
-    [("dict", "softmax", "example"), ("sequence", "sigmoid", "event"), ("conv", "gaussian", None)],
+    [("conv", "softmax", "example"), ("sequence", "sigmoid", "event")],
 )
 def test_gram_matrix_is_that_of_the_rows(name, model, loss, weights):
     problem = make_problem(model, loss, weights=weights, l2=0.3)
@@ -105,9 +105,11 @@ def test_gradient_rows_give_the_gradient_of_the_loss(recipe):
 # -- solves ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize(
+    ("model", "weights", "inner"),
+    [("dict", "example", "cg"), ("dict", None, "cholesky"), ("sequence", "event", "cholesky")],
+)
 @pytest.mark.parametrize("name", CURVATURES)
-@pytest.mark.parametrize(("model", "weights"), [("dict", "example"), ("sequence", "event")])
 def test_solves(name, inner, model, weights):
     problem = make_problem(model, "softmax", weights=weights, l2=0.05)
     operator = build(name, problem)
@@ -192,7 +194,7 @@ def test_mistakes_are_named():
 
 
 @given(st.integers(0, 1000))
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_eigh(seed):
     problem = make_problem("dict", "poisson", l2=-0.4, seed=seed)  # indefinite
     operator = cx.Hessian(problem.objective, problem.model, problem.batch)

@@ -37,7 +37,7 @@ class Mixed(eqx.Module):
 
 
 def tied(weight, x):
-    """A weight that takes part twice: a sum of two products, which has no single pair of factors."""
+    """A weight that takes part twice: a sum of two products, with no one pair of factors."""
     return jnp.tanh(x @ weight) @ weight
 
 

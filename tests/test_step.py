@@ -148,7 +148,7 @@ def test_warmup_from_zero_does_not_stall(name):
     params, state, info = step(p.params, step.init(p.params), p.batch)
     same(params, p.params)
     assert np.isnan(info.gain_ratio) and bool(info.accepted)
-    assert float(state.optimizer[0].damping.value) == 4.0
+    assert float(state.optimizer[0].level.damping) == 4.0
     params, state, info = step(params, state, p.batch)
     assert np.isfinite(info.gain_ratio) and int(state.optimizer[0].rejected) == 0
     assert float(p.objective.value(params, p.batch)) < float(info.value)

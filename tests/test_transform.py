@@ -532,8 +532,10 @@ def test_state_fields_are_found_by_name(name):
         assert int(tree_get(state, field)) == wanted, field
     assert np.isfinite(float(tree_get(state, "gain_ratio")))
     assert float(tree_get(state, "gradient_norm")) > 0
-    state = tree_set(state, count=jnp.asarray(6, jnp.int32))
+    assert float(tree_get(state, "damping")) > 0
+    state = tree_set(state, count=jnp.asarray(6, jnp.int32), damping=jnp.asarray(7.0))
     assert int(tree_get(state, "count")) == 6
+    assert float(tree_get(state, "damping")) == 7.0
 
 
 # -- meshes ------------------------------------------------------------------------------------

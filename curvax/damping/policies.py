@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar, ScalarLike
 class DampingState(NamedTuple):
     """λ, and the radius on ‖solution‖ (∞ where there is none): float32 scalars."""
 
-    value: Float[Array, ""]
+    damping: Float[Array, ""]
     radius: Float[Array, ""]
 
 
@@ -121,8 +121,8 @@ class LevenbergMarquardt(AbstractDamping):
     def update(self, state: DampingState, gain: Gain) -> DampingState:
         factor = jnp.where(gain.ratio > self.upper, self.decrease, 1.0)
         factor = jnp.where(gain.ratio < self.lower, self.increase, factor)
-        value = jnp.clip(state.value * factor, self.minimum, self.maximum)
-        return state._replace(value=value.astype(state.value.dtype))
+        value = jnp.clip(state.damping * factor, self.minimum, self.maximum)
+        return state._replace(damping=value.astype(state.damping.dtype))
 
     def accepts(self, gain: Gain) -> Bool[Array, ""]:
         return ~(gain.ratio < 0)

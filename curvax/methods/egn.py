@@ -24,7 +24,8 @@ def egn(
     many rows, `RowSpace(inner=CG(...))` needs products only.
 
     State: none of the size of the parameters. Cost: one backward pass for each output of an
-    example, and rows² × parameters for the Gram matrix; memory rows × parameters while it is
-    built.
+    example, the inner products of the rows, and rows³/3 to factorise their Gram matrix. Of a weight
+    in a matrix product a row is kept as its two factors; of other leaves (convolutions, biases,
+    weights shared by many positions) it is written out, rows × leaf in all.
     """
     return second_order(objective, curvature=curvature, solver=solver, damping=damping)

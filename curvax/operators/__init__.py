@@ -7,6 +7,7 @@ from curvax.operators.algebra import Damped as Damped
 from curvax.operators.algebra import Scaled as Scaled
 from curvax.operators.algebra import Sum as Sum
 from curvax.operators.base import AbstractOperator as AbstractOperator
+from curvax.operators.base import AbstractSymmetricOperator as AbstractSymmetricOperator
 from curvax.operators.base import Transpose as Transpose
 from curvax.operators.curvature import AbstractCurvature as AbstractCurvature
 from curvax.operators.curvature import AbstractOutputCurvature as AbstractOutputCurvature

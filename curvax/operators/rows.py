@@ -53,11 +53,11 @@ def row_gram(
     """UᵀU for the rows Jᵢᵀu of each example i and each column u of cotangents, examples first."""
     columns, batch = cotangents.shape[:2]
     keys = objective.example_keys(x, key)
-    first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
-    one = lambda x, key, u: tuple(
-        jax.tree.leaves(objective.pull_back_example(params, x, u, key))
+    first = lambda tree: jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree
     )
-    arguments = (first(x), first(keys), cotangents[0, 0])
+    one = lambda x, key, u: tuple(jax.tree.leaves(objective.pull_back_example(params, x, u, key)))
+    arguments = (first(x), first(keys), first(first(cotangents)))
     closed = jax.make_jaxpr(one)(*arguments)
     inlined = lambda *leaves: evaluate(closed.jaxpr, closed.consts, leaves)
     flat = jax.make_jaxpr(inlined)(*jax.tree.leaves(arguments))
@@ -67,8 +67,9 @@ def row_gram(
     wanted = [part for term in terms for part in _parts(term)]
     depends = _depends_on(flat.jaxpr, flat.jaxpr.invars[-1:])
     along_columns = [0 if depends(var) else None for var in wanted]
+    parts = lambda *args: evaluate(flat.jaxpr, flat.consts, jax.tree.leaves(args), wanted=wanted)
     computed = jax.vmap(
-        jax.vmap(_outputs(flat, wanted), in_axes=(None, None, 0), out_axes=along_columns),
+        jax.vmap(parts, in_axes=(None, None, 0), out_axes=along_columns),
         in_axes=(0, 0, 1),
     )(x, keys, cotangents)
 
@@ -139,16 +140,6 @@ def _depends_on(jaxpr: Any, sources: Any) -> Any:
         if any(not is_literal(atom) and atom in reached for atom in eqn.invars):
             reached.update(eqn.outvars)
     return lambda var: not is_literal(var) and var in reached
-
-
-def _outputs(flat: Any, wanted: list[Any]) -> Any:
-    """The function of a jaxpr that returns other variables of it than its outputs."""
-    jaxpr = flat.jaxpr.replace(outvars=wanted, debug_info=None)
-
-    def function(*args: Any) -> list[Array]:
-        return evaluate(jaxpr, flat.consts, jax.tree.leaves(args))
-
-    return function
 
 
 def whole(x: Array) -> Array:

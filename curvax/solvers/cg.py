@@ -90,13 +90,15 @@ class CG(lx.AbstractLinearSolver[_State]):
     its boundary; `max_steps_reached` at the step limit (but `successful` when
     `rtol == atol == 0`, which asks for just that many steps); `nonfinite_input` for a `b` that is
     not finite; `breakdown` for other non-finite values, an indefinite preconditioner, and negative
-    curvature without a radius. What is returned is the last iterate before a value that was not finite. Negative
-    curvature on the first step from zero without a radius returns p = M b itself (Nocedal &
-    Wright, Algorithm 7.1): a descent direction, though without a length of its own.
+    curvature without a radius. What is returned is the last iterate before a value that was
+    not finite. Negative curvature on the first step from zero without a radius returns p = M b
+    itself (Nocedal & Wright, Algorithm 7.1): a descent direction, though without a length of its
+    own.
 
     **Stats**, all scalar arrays: `num_steps`, `max_steps` (int32), `stop` (int32, a
-    [`StopReason`][]), and in the accumulation dtype `residual_norm` ‖r‖/‖b‖, `quadratic` φ(x),
-    `curvature` xᵀA x, at the solution (NaN where no finite residual was ever seen).
+    [`StopReason`][curvax.solvers.StopReason]), and in the accumulation dtype `residual_norm`
+    ‖r‖/‖b‖, `quadratic` φ(x), `curvature` xᵀA x, at the solution (NaN where no finite residual was
+    ever seen).
 
     Gradients through `lx.linear_solve` are those of A⁻¹b, so they assume convergence; with a
     `radius` the solution is no linear function of `b` and reverse mode raises a `ValueError`.
