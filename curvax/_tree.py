@@ -25,7 +25,7 @@ def _result_type(*dtypes) -> jnp.dtype:
 
 def _times(c: Scalar | float, x: Array) -> Array:
     """c·x, in the dtype that holds both."""
-    if not hasattr(c, "dtype"):
+    if isinstance(c, int | float):
         return c * x
     dtype = _result_type(c.dtype, x.dtype)
     return c.astype(dtype) * x.astype(dtype)
@@ -65,6 +65,7 @@ def scale(c: Scalar | float, a: PyTree[Array]) -> PyTree[Array]:
 
 def add_scaled(a: PyTree[Array], c: Scalar | float, b: PyTree[Array]) -> PyTree[Array]:
     """a + c·b, in the dtypes of `a`."""
+
     def leaf(x: Array, y: Array) -> Array:
         step = _times(c, y)
         dtype = _result_type(x.dtype, step.dtype)

@@ -445,7 +445,7 @@ def _without_masked(example: Example) -> Example:
     not finite, and integer targets (an ignored label is often −100), where an event is masked.
     """
     weight = example.weight
-    if not is_array(weight):
+    if weight is None or not is_array(weight):
         return example
     masked = weight == np.zeros((), weight.dtype)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from curvax import _tree
@@ -40,7 +41,7 @@ class Step:
     ):
         # `optax.MultiSteps` is no GradientTransformation, and takes extra arguments as it is.
         plain = isinstance(optimizer, optax.GradientTransformation)
-        self.optimizer = optax.with_extra_args_support(optimizer) if plain else optimizer
+        self.optimizer: Any = optax.with_extra_args_support(optimizer) if plain else optimizer
         self.method = method
         # Plain `jit`, with what is no array in the model as a static argument: on a small model
         # the host's share of a step counts.
@@ -68,7 +69,7 @@ class Step:
         curvature_batch: Batch | None = None,
     ) -> tuple[PyTree[Any], StepState, Metrics]:
         """One step. **Raises** `ValueError` for a batch that does not fit model and loss."""
-        if isinstance(state.count, jax.core.Tracer):  # inside a jit of the user's
+        if isinstance(state.count, Tracer):  # inside a jit of the user's
             return self.pure(model, state, batch, key, curvature_batch=curvature_batch)
         self._check(model, batch, key)
         count = self._host_count(state.count)

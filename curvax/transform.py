@@ -1,7 +1,7 @@
 """Curvature, damping, preconditioner and solver, composed into an Optax transformation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def second_order(
     objective: Objective,
     *,
     curvature: AbstractCurvatureQuantity,
-    solver: lx.AbstractLinearSolver,
+    solver: lx.AbstractLinearSolver[Any],
     damping: AbstractDamping | ScalarLike,
     preconditioner: AbstractPreconditioner | None = None,
     warm_start: float | None = None,
@@ -188,7 +188,8 @@ def second_order(
                 options["rows"] = rows
         # The solvers of lineax mix the dtypes of operator and vector.
         with jax.numpy_dtype_promotion("standard"):
-            solution, _, stats = solver.compute(solver.init(damped, options), updates, options)
+            factorised: Any = solver.init(damped, options)
+            solution, _, stats = solver.compute(factorised, updates, options)
         if damping.bounded:
             solution = _shorten(solution, level.radius)
         length = _tree.norm(solution)
@@ -226,7 +227,8 @@ def second_order(
         direction = _tree.where(finite & accepted, solution, _tree.zeros_like(solution))
         return _tree.cast(direction, updates if params is None else params), new
 
-    method = Method(init, update)
+    # Optax types states as pytrees of arrays, which a NamedTuple is without saying so.
+    method = Method(cast(Any, init), cast(Any, update))
     method.objective, method.plan, method.curvature = objective, plan, curvature
     method.damping, method.solver = damping, solver
     return method
@@ -331,9 +333,9 @@ def _came_to_nothing(stats: dict[str, Any]) -> Bool[Array, ""]:
 
 
 def _no_metrics() -> Metrics:
-    nan, unset = (lambda: _f32(jnp.nan)), jnp.asarray(-1, jnp.int32)
-    measured = (nan() for _ in range(6))
-    return Metrics(*measured, unset, nan(), jnp.asarray(True), jnp.asarray(True))
+    unmeasured: dict[str, Any] = {name: _f32(jnp.nan) for name in Metrics._fields}
+    flags = {"accepted": jnp.asarray(True), "finite": jnp.asarray(True)}
+    return Metrics(**(unmeasured | flags | {"solver_steps": jnp.asarray(-1, jnp.int32)}))
 
 
 def _f32(x: Any) -> Float[Array, ""]:

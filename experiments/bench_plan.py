@@ -95,7 +95,8 @@ def plan_section(workload: Workload, seconds: float) -> list[Row]:
     ]
     rows: list[Row] = []
     for name, steps, parts, source in cases:
-        damping = cx.LevenbergMarquardt(1.0, increase=1.0, decrease=1.0) if "gain" in parts else 1.0
+        measured = cx.LevenbergMarquardt(1.0, increase=1.0, decrease=1.0)
+        damping = measured if "gain" in parts else cx.Constant(1.0)
         preconditioner = cx.DiagonalPreconditioner(every=1) if "diagonal" in parts else None
         method = cx.methods.ggn_cg(
             objective,

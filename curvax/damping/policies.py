@@ -33,13 +33,14 @@ class Gain(NamedTuple):
 
 
 class AbstractDamping(eqx.Module):
-    """A damping policy.
+    """A damping policy."""
 
-    `every` is the cadence, in steps, at which it wants the gain ratio: one more forward pass, and
-    one product with J. None for a policy that does not look at it.
-    """
-
-    every: eqx.AbstractVar[int | None]
+    @property
+    @abc.abstractmethod
+    def every(self) -> int | None:
+        """Steps between two looks at the gain ratio, each of which costs one more forward pass and
+        one product with J; None for a policy that does not look at it. A field, where it is set.
+        """
 
     @property
     def bounded(self) -> bool:
@@ -174,7 +175,7 @@ class TrustRegion(AbstractDamping):
 
 def as_damping(damping: AbstractDamping | ScalarLike) -> AbstractDamping:
     """A number stands for `Constant`."""
-    return damping if isinstance(damping, AbstractDamping) else Constant(damping)
+    return damping if isinstance(damping, AbstractDamping) else Constant(value=damping)
 
 
 def _state(value: ScalarLike, radius: ScalarLike = jnp.inf) -> DampingState:

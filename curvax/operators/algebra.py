@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree, Scalar, ScalarLike
 
 from curvax import _tree
@@ -216,7 +217,7 @@ def diagonal(operator: lx.AbstractLinearOperator) -> PyTree[Array]:
 
 def _known(scalar: ScalarLike) -> np.ndarray | None:
     """The value of a scalar, if it can be read now: outside of jnp, which jit would trace."""
-    return None if isinstance(scalar, jax.core.Tracer) else np.asarray(scalar)
+    return None if isinstance(scalar, Tracer) else np.asarray(scalar)
 
 
 def quadratic_form(operator: lx.AbstractLinearOperator, vector: PyTree[Array]) -> Scalar:
