@@ -1,5 +1,6 @@
 """Reading and rewriting jaxprs."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,47 @@ def evaluate(
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in (jaxpr.outvars if wanted is None else wanted)]
+
+
+def cost(jaxpr: Any) -> tuple[float, float]:
+    """FLOPs of a jaxpr, and the bytes that its equations read and write, one by one.
+
+    Equations whose results nothing uses are left out. Matrix products and convolutions count two
+    FLOPs for each multiplication, everything else one for each entry of its results; the body of a
+    `scan` counts as often as it runs, that of a `while` once, of a `cond` the dearest branch.
+    Fusion saves bytes that are counted here.
+    """
+    needed = {atom for atom in jaxpr.outvars if not is_literal(atom)}
+    flops = moved = 0.0
+    for eqn in reversed(jaxpr.eqns):
+        if needed.isdisjoint(eqn.outvars):
+            continue
+        needed.update(atom for atom in eqn.invars if not is_literal(atom))
+        inner = [cost(sub) for sub in sub_jaxprs(eqn)]
+        if inner:
+            combine = max if eqn.primitive.name == "cond" else sum
+            repeats = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+            flops += repeats * combine(each[0] for each in inner)
+            moved += repeats * combine(each[1] for each in inner)
+        else:
+            flops += _flops(eqn)
+            moved += sum(_bytes(atom.aval) for atom in (*eqn.invars, *eqn.outvars))
+    return flops, moved
+
+
+def _flops(eqn: Any) -> float:
+    out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2.0 * out * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
+        return 2.0 * out * math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])
+    return float(out)
+
+
+def _bytes(aval: Any) -> float:
+    return float(math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 0))
 
 
 def is_literal(atom: Any) -> bool:

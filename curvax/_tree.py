@@ -92,7 +92,7 @@ def all_finite(a: PyTree[Array]) -> Bool[Array, ""]:
 
 def cast(a: PyTree, like: PyTree) -> PyTree[Array]:
     """`a` with each leaf in the dtype of the matching leaf of `like`."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), a, like)
+    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), a, like)
 
 
 def structure(a: PyTree) -> PyTree[jax.ShapeDtypeStruct]:

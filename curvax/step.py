@@ -197,8 +197,9 @@ def make_step(
 
     **Arguments:**
 
-    - `optimizer`: the whole optimizer, such as `optax.chain(method, optax.scale_by_learning_rate(
-      1.0))`; `method`: the method inside it, which says what a step must observe.
+    - `optimizer`: the whole optimizer, such as
+      `optax.chain(method, optax.scale_by_learning_rate(1.0))`.
+    - `method`: the method inside it, which says what a step must observe.
     - `donate`: let a call reuse the memory of the model and the state that it is given; they
       cannot be used afterwards.
 

@@ -240,8 +240,8 @@ def gain_ratio(
     """ρ of a step: actual over predicted decrease, on the batch of the observation.
 
     −∞ where the step leads to a value that is not finite, or where the model promises no decrease
-    and there is none; NaN for a step of length zero (a learning rate of zero, a step that
-    `optax.MultiSteps` only accumulates), of which there is nothing to judge.
+    and there is none; NaN for a step along which the model is flat (one of length zero: a
+    learning rate of zero, or what `optax.MultiSteps` only accumulates): nothing to judge.
     """
     full_step = fill_masked(step, _tree.structure(observation.params))
     moved = _tree.add(observation.params, full_step)
@@ -253,7 +253,7 @@ def gain_ratio(
     ratio = actual / jnp.where(predicted > 0, predicted, jnp.inf)
     ratio = jnp.where((predicted > 0) | (actual > 0), ratio, -jnp.inf)
     ratio = jnp.where(jnp.isfinite(trial), ratio, -jnp.inf)
-    return _f32(jnp.where(_tree.dot(step, step) == 0, jnp.nan, ratio))
+    return _f32(jnp.where((slope == 0) & (curvature == 0), jnp.nan, ratio))
 
 
 def skip(

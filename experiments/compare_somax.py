@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         "cg-mlp": lambda: cg_section(somax, mlp(), args.seconds),
         "cg-convnet": lambda: cg_section(somax, convnet(), args.seconds),
         "rows": lambda: row_section(somax, args.seconds),
-        "plan": lambda: plan_section(mlp(), args.seconds),
+        "plan": lambda: plan_section(2 * args.seconds),
         "products": lambda: product_section([mlp(), convnet()], args.seconds),
     }
     write_results(

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import importlib.metadata
+import os
 import platform
 import statistics
 import sys
@@ -79,6 +80,9 @@ def provenance() -> dict[str, Any]:
     return {
         "device": f"{device.platform}: {device.device_kind}",
         "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
         "date": datetime.date.today().isoformat(),

@@ -1,10 +1,36 @@
-"""What holds for every test: float64, no silent rank promotion, reproducible examples."""
+"""What holds for every test: float64, no silent promotion of ranks or dtypes, annotations checked,
+reproducible examples."""
 
 import hypothesis
 import jax
+import jaxtyping
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A GPU would multiply float32 in TF32, which no reference here does.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+jaxtyping.install_import_hook("curvax", "beartype.beartype")  # before anything imports curvax
 
 hypothesis.settings.register_profile("curvax", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("curvax")
+
+# The experiments use Optax's schedules, which divide an integer count by a float.
+MIXES_DTYPES = {"test_quickstart"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _promotion(request):
+    relaxed = request.module.__name__.rpartition(".")[2] in MIXES_DTYPES
+    with jax.numpy_dtype_promotion("standard" if relaxed else "strict"):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations are not checked: for what curvax itself says of an argument of a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -165,7 +165,7 @@ def test_gain_ratio_by_hand_and_what_is_learned(name, policy):
     if policy == "trust":
         radii = [float(memory.level.radius) for _, memory, *_ in found]
         for radius, (*_, info) in zip(radii, found, strict=True):
-            assert float(info.radius) == radius
+            assert float(info.radius_used) == radius
             assert float(info.solution_norm) <= radius * (1 + 1e-5)
         # So small a radius is reached, the model is good there, and it grows.
         np.testing.assert_allclose(found[0][4].solution_norm, 0.05, rtol=1e-5)

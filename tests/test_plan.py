@@ -153,6 +153,7 @@ def test_one_forward_pass_serves_all(kind):
         np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts in XLA's programs for the CPU")
 def test_fused_step_has_no_second_forward_pass():
     """In the optimised program: as many matrix products as one linearised pass and its uses."""
     p = problem()
