@@ -186,7 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run, and give the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
     cli = parser()
     flags = cli.parse_args(argv)
-    console, errors = Console(), Console(stderr=True)
+    # Where the output is no terminal its width is unknown, and 80 columns cut the tables.
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    errors = Console(stderr=True)
     try:
         dataset = load(flags.dataset)
         if flags.smoke:
