@@ -9,6 +9,7 @@ a line says how long one step takes in Adam steps, and in steps of the other lib
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/compare_somax.json"))
     args = parser.parse_args(argv)
     try:
-        import somax
+        somax = importlib.import_module("somax")
     except ImportError:
         print("python-somax is not installed: pip install python-somax==1.0.1", file=sys.stderr)
         return 2
