@@ -110,6 +110,11 @@ def unmask(tree: PyTree[Any]) -> PyTree[Any]:
     return jax.tree.map(lambda t: None if is_masked(t) else t, tree, is_leaf=is_masked)
 
 
+def share(weight: Array, total: Array) -> Array:
+    """weight / total, or 0 where everything is masked."""
+    return jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
+
+
 def weigh(coefficients: Array, array: Array) -> Array:
     """`array` times the coefficient of each event, whose axes lead.
 
@@ -359,8 +364,7 @@ class Objective(eqx.Module):
         weight = jnp.broadcast_to(weight, values.shape)
         if self.reduction == "sum":
             return weight
-        total = jnp.sum(weight)
-        return jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
+        return share(weight, jnp.sum(weight))
 
     def total_weight(self, batch: Batch, values: PyTree) -> Scalar:
         """Σ w over the events of a batch: its share in a mean over several batches."""

@@ -16,6 +16,8 @@ from curvax.plan import GainRatio, Observation
 from curvax.plan.plan import Due
 from curvax.transform import Method, Metrics, SecondOrderState, gain_ratio, measure_when
 
+_Static = tuple[Any, tuple[Any, ...]]
+
 
 class StepState(NamedTuple):
     """State of a fused step. `skipped` counts steps not taken because something was not finite."""
@@ -74,14 +76,12 @@ class Step:
         self._check(model, batch, key)
         count = self._host_count(state.count)
         phase = self.method.plan.phase(count)
-        leaves, treedef = jax.tree.flatten(model)
-        arrays = [leaf if is_array(leaf) else None for leaf in leaves]
-        others = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+        arrays, static = _split(model)
         arrays, state, info = self._compiled(
-            arrays, state, batch, key, curvature_batch, (treedef, others), phase
+            arrays, state, batch, key, curvature_batch, static, phase
         )
         self._last = (state.count, count + 1)
-        return _merge(arrays, others, treedef), state, info
+        return _merge(arrays, static), state, info
 
     def _run(
         self,
@@ -90,16 +90,13 @@ class Step:
         batch: Batch,
         key: PRNGKeyArray | None,
         curvature_batch: Batch | None,
-        static: tuple[Any, tuple[Any, ...]],
+        static: _Static,
         phase: tuple[Due, ...],
     ) -> tuple[list[Any], StepState, Metrics]:
-        treedef, others = static
-        model = _merge(arrays, others, treedef)
         model, state, info = self.pure(
-            model, state, batch, key, curvature_batch=curvature_batch, phase=phase
+            _merge(arrays, static), state, batch, key, curvature_batch=curvature_batch, phase=phase
         )
-        leaves = jax.tree.leaves(model)
-        return [leaf if is_array(leaf) else None for leaf in leaves], state, info
+        return _split(model)[0], state, info
 
     def pure(
         self,
@@ -214,7 +211,15 @@ def make_step(
     return Step(optimizer, method, donate)
 
 
-def _merge(arrays: list[Any], others: tuple[Any, ...], treedef: Any) -> PyTree[Any]:
+def _split(model: PyTree[Any]) -> tuple[list[Any], _Static]:
+    """The arrays of a model, and the rest of it as a hashable argument."""
+    leaves, treedef = jax.tree.flatten(model)
+    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
+    return arrays, (treedef, tuple(None if is_array(leaf) else leaf for leaf in leaves))
+
+
+def _merge(arrays: list[Any], static: _Static) -> PyTree[Any]:
+    treedef, others = static
     leaves = [
         other if array is None else array for array, other in zip(arrays, others, strict=True)
     ]

@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from curvax import _tree
 from curvax._convolution import loop_safe
-from curvax.objective import Batch, Objective, Params
+from curvax.objective import Batch, Objective, Params, share
 from curvax.operators.algebra import Scaled, Sum
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator
 from curvax.operators.curvature import AbstractCurvature, AbstractOutputCurvature
@@ -47,9 +47,9 @@ def accumulate(
     parts: list[lx.AbstractLinearOperator] = []
     for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
         own_key = None if key is None else jax.random.fold_in(key, i)
-        share = _share(weight, total) if objective.reduction == "mean" else jnp.ones_like(weight)
+        portion = share(weight, total) if objective.reduction == "mean" else jnp.ones_like(weight)
         part = operator(bare, params, batch, key=own_key, **options)
-        parts.append(Scaled(part, share, nonnegative=True))
+        parts.append(Scaled(part, portion, nonnegative=True))
     return _with_l2(objective, params, parts)
 
 
@@ -75,7 +75,7 @@ def accumulate_stacked(
     bare = objective.without_l2()
     weights = jax.lax.map(lambda batch: _weight(objective, params, batch, key), batches)
     total = jnp.sum(weights)
-    shares = _share(weights, total) if objective.reduction == "mean" else jnp.ones_like(weights)
+    shares = share(weights, total) if objective.reduction == "mean" else jnp.ones_like(weights)
     scanned = Scanned(operator, bare, params, batches, keys, shares, tuple(options.items()))
     return _with_l2(objective, params, [scanned])
 
@@ -86,11 +86,6 @@ def _with_l2(
     if objective.l2:
         parts.append(Scaled(lx.IdentityLinearOperator(_tree.structure(params)), objective.l2))
     return Sum(tuple(parts))
-
-
-def _share(weight: Array, total: Array) -> Array:
-    """weight / total, or 0 where every example of every batch is masked."""
-    return jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
 
 
 def _weight(objective: Objective, params: Params, batch: Batch, key: PRNGKeyArray | None) -> Array:
@@ -113,9 +108,9 @@ class Scanned(AbstractSymmetricOperator):
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
         def add(total: PyTree[Array], one: tuple) -> tuple[PyTree[Array], None]:
-            batch, key, share = one
+            batch, key, portion = one
             part = self.operator(self.objective, self.params, batch, key=key, **dict(self.options))
-            return _tree.add_scaled(total, share, part.mv(vector)), None
+            return _tree.add_scaled(total, portion, part.mv(vector)), None
 
         xs = (self.batches, self.keys, self.shares)
         return jax.lax.scan(loop_safe(add), _tree.zeros_like(vector), xs)[0]

@@ -1,7 +1,7 @@
 """What every operator of curvax is: an Equinox module, a lineax operator, an algebra.
 
 lineax asks its questions through thirteen `singledispatch` functions. They are answered here,
-once, by properties that a subclass may set; see `_register` at the end.
+once, by properties that a subclass may set; see `ANSWERS` at the end.
 """
 
 import abc

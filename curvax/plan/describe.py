@@ -67,6 +67,9 @@ def _entry_rows(
         ratios = [f"{cost[i] / gradient[i]:.2f}" if gradient[i] else "not known" for i in range(2)]
         return (label, who, how_often, *ratios)
 
+    if isinstance(quantity, GainRatio):
+        trial = _cost(lambda p, k: objective.value(p, batch, k), params, key)
+        return [row(quantity.label + ", besides one product with J", every, trial)]
     extra = _cost(lambda p, k: _with_gradient(quantity, objective, p, batch, k), params, key)
     alone = _cost(lambda p, k: _with_gradient(None, objective, p, batch, k), params, key)
     more = (max(extra[0] - alone[0], 0.0), max(extra[1] - alone[1], 0.0))
@@ -76,9 +79,6 @@ def _entry_rows(
         both = _cost(lambda p, k: (lambda a: (a, a.mv(p)))(operator(p, k)), params, key)
         one = _cost(operator, params, key)
         rows.append(row("  each product with it", "solve", (both[0] - one[0], both[1] - one[1])))
-    if isinstance(quantity, GainRatio):
-        trial = _cost(lambda p, k: objective.value(p, batch, k), params, key)
-        rows[-1] = row(quantity.label + ", besides one product with J", every, trial)
     return rows
 
 

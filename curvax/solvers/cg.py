@@ -175,7 +175,7 @@ class CG(lx.AbstractLinearSolver[_State]):
         y0 = options.get("y0")
         if y0 is not None:
             _check_matches("options['y0']", y0, structure)
-            y0 = tree.cast(jax.tree.map(jnp.asarray, y0), work)
+            y0 = tree.cast(y0, work)
             y0 = y0 if radius is None else _into_ball(y0, radius)
         carry, zero_start = _start(b, bb, y0, matvec)
         if self.relative_decrease is not None:
