@@ -4,6 +4,13 @@ Operators are Equinox modules and lineax linear operators; methods are Optax tra
 """
 
 from curvax import methods as methods
+from curvax.blockwise import AbstractBlockPreconditioner as AbstractBlockPreconditioner
+from curvax.blockwise import AbstractFactorDamping as AbstractFactorDamping
+from curvax.blockwise import EigenPreconditioner as EigenPreconditioner
+from curvax.blockwise import FactoredTikhonov as FactoredTikhonov
+from curvax.blockwise import KroneckerPreconditioner as KroneckerPreconditioner
+from curvax.blockwise import RelativeTikhonov as RelativeTikhonov
+from curvax.blockwise import precondition as precondition
 from curvax.damping import AbstractDamping as AbstractDamping
 from curvax.damping import Constant as Constant
 from curvax.damping import DampingState as DampingState
@@ -38,6 +45,9 @@ from curvax.operators import Sum as Sum
 from curvax.operators import Transpose as Transpose
 from curvax.operators import accumulate as accumulate
 from curvax.operators import accumulate_stacked as accumulate_stacked
+from curvax.operators.kfac import EigenvalueCorrected as EigenvalueCorrected
+from curvax.operators.kfac import KroneckerFactored as KroneckerFactored
+from curvax.operators.kfac import LowRankKronecker as LowRankKronecker
 from curvax.plan import BartlettDiagonal as BartlettDiagonal
 from curvax.plan import FisherCurvature as FisherCurvature
 from curvax.plan import GaussNewtonCurvature as GaussNewtonCurvature
@@ -48,12 +58,22 @@ from curvax.plan import Plan as Plan
 from curvax.plan import Requirement as Requirement
 from curvax.preconditioners import AbstractPreconditioner as AbstractPreconditioner
 from curvax.preconditioners import DiagonalPreconditioner as DiagonalPreconditioner
+from curvax.scalings import AbstractScaling as AbstractScaling
+from curvax.scalings import AsIs as AsIs
+from curvax.scalings import Grafted as Grafted
+from curvax.scalings import KLClip as KLClip
+from curvax.scalings import Orthogonalised as Orthogonalised
+from curvax.scalings import QuadraticModel as QuadraticModel
+from curvax.scalings import RMS as RMS
 from curvax.solvers import CG as CG
 from curvax.solvers import Eigh as Eigh
 from curvax.solvers import RowSpace as RowSpace
 from curvax.step import Step as Step
 from curvax.step import StepState as StepState
 from curvax.step import make_step as make_step
+from curvax.taps import Site as Site
+from curvax.taps import Sites as Sites
+from curvax.taps import sites as sites
 from curvax.transform import Method as Method
 from curvax.transform import Metrics as Metrics
 from curvax.transform import SecondOrderState as SecondOrderState

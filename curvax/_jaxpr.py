@@ -24,6 +24,18 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
     return found
 
 
+def scan_sizes(eqn: Any, body: Any) -> tuple[int, int]:
+    """How many constants and carries a `scan` has, which come first among its inputs.
+
+    Read off the shapes: a carry is as large outside of the body as inside, what is scanned over
+    has one more axis outside. (How the primitive itself notes it differs between versions of JAX.)
+    """
+    alike = lambda outer, inner: outer.aval.ndim == inner.aval.ndim
+    carry = sum(map(alike, eqn.outvars, body.outvars))
+    same = sum(map(alike, eqn.invars, body.invars))
+    return same - carry, carry
+
+
 def evaluate(
     jaxpr: Any,
     consts: Sequence[Any],

@@ -80,8 +80,8 @@ def zeros_like(a: PyTree) -> PyTree[Array]:
 
 
 def where(condition: Bool[Array, ""], a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
-    """Leafwise `jnp.where` with one scalar condition."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+    """Leafwise `jnp.where` with one scalar condition; a leaf that is the same in both is kept."""
+    return jax.tree.map(lambda x, y: x if x is y else jnp.where(condition, x, y), a, b)
 
 
 def all_finite(a: PyTree[Array]) -> Bool[Array, ""]:

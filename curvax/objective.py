@@ -159,6 +159,8 @@ class Objective(eqx.Module):
     - `static`: the part of the model that is not trained, as returned by `eqx.partition`. Give it
       where only the trained part travels, as in an existing Optax loop over
       `eqx.filter(model, eqx.is_inexact_array)`, or to freeze leaves.
+    - `example`: a batch, or its shapes, of which only the shapes are kept. Methods that must know
+      the layers of a model before its first step (K-FAC) ask for it.
 
     **Raises** `ValueError` for an unknown reduction, and when evaluated on a batch that the model
     or the loss cannot take: the message names the argument, what was seen and what was wanted.
@@ -172,6 +174,7 @@ class Objective(eqx.Module):
     split: Callable[[Batch], tuple] | None = eqx.field(static=True)
     frozen: PyTree[Array]
     skeleton: tuple[tuple[Any, ...], Any] = eqx.field(static=True)
+    shapes: tuple[tuple[Any, ...], Any] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -183,6 +186,7 @@ class Objective(eqx.Module):
         stochastic: bool = False,
         split: Callable[[Batch], tuple] | None = None,
         static: PyTree[Any] = None,
+        example: Batch = None,
     ):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: got {reduction!r}, wanted 'mean' or 'sum'.")
@@ -197,6 +201,11 @@ class Objective(eqx.Module):
         self.frozen, skeleton = eqx.partition(static, is_array)
         leaves, treedef = jax.tree.flatten(skeleton)
         self.skeleton = (tuple(leaves), treedef)
+        self.shapes = None
+        if example is not None:
+            x = jax.tree.map(_shape_of, self.example(example).x)
+            leaves, treedef = jax.tree.flatten(x)
+            self.shapes = (tuple(leaves), treedef)
 
     # -- the model ---------------------------------------------------------------------------
 
@@ -259,7 +268,24 @@ class Objective(eqx.Module):
             "split": self.split,
             "static": self.static,
         }
-        return Objective(self.predict, self.loss, **(fields | changes))
+        new = Objective(self.predict, self.loss, **(fields | changes))
+        object.__setattr__(new, "shapes", self.shapes)
+        return new
+
+    @property
+    def inputs(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """The shapes of the x of `example`, batch axis first.
+
+        **Raises** `ValueError` if no example was given.
+        """
+        if self.shapes is None:
+            raise ValueError(
+                "objective: this method must know the model's layers before the first step, and "
+                "no batch was shown to it yet: pass Objective(..., example=batch) (a batch, or its "
+                "shapes)."
+            )
+        leaves, treedef = self.shapes
+        return jax.tree.unflatten(treedef, leaves)
 
     # -- one batch ---------------------------------------------------------------------------
 
@@ -295,9 +321,10 @@ class Objective(eqx.Module):
     def outputs(self, params: Params, x: PyTree[Any], key: PRNGKeyArray | None = None) -> Array:
         """The model's outputs on a batch of inputs."""
         keys = self.example_keys(x, key)
-        return jax.vmap(lambda one, k: self._predict(params, one, k))(x, keys)
+        return jax.vmap(lambda one, k: self.predict_one(params, one, k))(x, keys)
 
-    def _predict(self, params: Params, x: PyTree[Any], key: PRNGKeyArray | None) -> Array:
+    def predict_one(self, params: Params, x: PyTree[Any], key: PRNGKeyArray | None) -> Array:
+        """The model's outputs for one example."""
         model = self.model(params)
         return self.predict(model, x, key) if self.stochastic else self.predict(model, x)
 
@@ -409,9 +436,13 @@ class Objective(eqx.Module):
 
     def gradient_of(self, linearisation: Linearisation) -> Params:
         """∇f(θ) = Jᵀ(c·∇ℓ) + l2·θ: one backward pass from a linearisation."""
+        product = linearisation.vjp(self.score_of(linearisation))
+        return self.add_l2(product, linearisation.params)
+
+    def score_of(self, linearisation: Linearisation) -> Array:
+        """c·∇ℓ, the cotangent of the outputs that Jᵀ takes to the gradient without l2."""
         scores = self.loss.gradient(linearisation.outputs, linearisation.targets)
-        scores = weigh(linearisation.coefficients, scores)
-        return self.add_l2(linearisation.vjp(scores), linearisation.params)
+        return weigh(linearisation.coefficients, scores)
 
     def add_l2(self, product: Params, vector: Params) -> Params:
         """Adds the l2 term's share, l2·v, to a product."""
@@ -421,7 +452,7 @@ class Objective(eqx.Module):
         self, params: Params, x: PyTree[Array], cotangent: Array, key: PRNGKeyArray | None = None
     ) -> Params:
         """Jᵀu of one example."""
-        _, vjp = jax.vjp(lambda p: self._predict(p, x, key), params)
+        _, vjp = jax.vjp(lambda p: self.predict_one(p, x, key), params)
         return vjp(cotangent)[0]
 
     def pull_back_examples(
@@ -473,14 +504,19 @@ def _without_masked(example: Example) -> Example:
     )
 
 
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array, of JAX or of NumPy."""
     return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def is_parameter(leaf: Any) -> bool:
-    """Whether a leaf of a model is trained: a floating-point array."""
-    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    """Whether a leaf of a model is trained: a floating-point array, or the shape of one."""
+    array = is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    return array and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _describe_leaves(tree: PyTree[Any]) -> str:

@@ -114,7 +114,13 @@ class Step:
         method = self.method
         phase = method.plan.phase(state.count) if phase is None else phase
         observation = method.observe(
-            model, batch, key, phase=phase, curvature_batch=curvature_batch, judged_later=True
+            model,
+            batch,
+            key,
+            state=_methods(state.optimizer)[0],
+            phase=phase,
+            curvature_batch=curvature_batch,
+            judged_later=True,
         )
         params, objective = observation.params, observation.objective
         updates, inner = self.optimizer.update(
@@ -253,6 +259,6 @@ def _keep_buffers(
             skipped = old.skipped + (~finite).astype(jnp.int32)
             metrics = new.metrics._replace(finite=finite)
             return kept._replace(count=new.count, skipped=skipped, metrics=metrics)
-        return jnp.where(take, new, old) if eqx.is_array(new) else new
+        return jnp.where(take, new, old) if eqx.is_array(new) and new is not old else new
 
     return jax.tree.map(pick, new, old, is_leaf=_is_method)

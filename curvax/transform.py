@@ -64,16 +64,27 @@ class Method(optax.GradientTransformationExtraArgs):
     plan: Plan
     curvature: AbstractCurvatureQuantity
     damping: AbstractDamping
-    solver: lx.AbstractLinearSolver
+    solver: lx.AbstractLinearSolver | None
+    bases: Callable[["SecondOrderState"], Callable[[bool], Any]] | None = None
+    blocks: Callable[[Params, Objective], tuple[Any, ...]] | None = None
 
     def observe(
-        self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None, **options: Any
+        self,
+        model: PyTree[Any],
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        *,
+        state: "SecondOrderState | None" = None,
+        **options: Any,
     ) -> Observation:
         """Value, gradient and what else the method needs of a batch, each computed once.
 
-        Pass it on as `update(observation.gradient, state, params, observation=observation)`.
+        Pass it on as `update(observation.gradient, state, params, observation=observation)`. A
+        method with low-rank factors measures them in the bases that its `state` holds.
         """
         params, objective = self.objective.bind(model)
+        if self.bases is not None and state is not None:
+            options["bases"] = self.bases(state)
         return self.plan.observe(objective, params, batch, key, **options)
 
     def describe(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None) -> str:
@@ -146,7 +157,7 @@ def second_order(
             preconditioner=None if preconditioner is None else preconditioner.init(params),
             skipped=zero(),
             rejected=zero(),
-            metrics=_no_metrics(),
+            metrics=no_metrics(),
         )
 
     def update(
@@ -162,7 +173,7 @@ def second_order(
     ) -> tuple[Params, SecondOrderState]:
         del extra
         if observation is None:
-            observation = _observe_in_update(
+            observation = observe_in_update(
                 plan, objective, updates, state.count, params, batch, key, curvature_batch
             )
         operator = observation[curvature]
@@ -266,7 +277,7 @@ def skip(
     return kept._replace(count=old.count + 1, skipped=skipped, metrics=metrics)
 
 
-def _observe_in_update(
+def observe_in_update(
     plan: Plan,
     objective: Objective,
     updates: Params,
@@ -275,7 +286,9 @@ def _observe_in_update(
     batch: Batch | None,
     key: PRNGKeyArray | None,
     curvature_batch: Batch | None,
+    bases: Callable[[bool], Any] | None = None,
 ) -> Observation:
+    """The observation that `update` was given a batch for."""
     if batch is None:
         raise ValueError(
             "update: got neither `observation` nor `batch`, and this method needs one of them. In "
@@ -292,7 +305,13 @@ def _observe_in_update(
         )
     bound, objective = objective.bind(params)
     return plan.observe(
-        objective, bound, batch, key, phase=plan.phase(count), curvature_batch=curvature_batch
+        objective,
+        bound,
+        batch,
+        key,
+        phase=plan.phase(count),
+        curvature_batch=curvature_batch,
+        bases=bases,
     )
 
 
@@ -332,7 +351,8 @@ def _came_to_nothing(stats: dict[str, Any]) -> Bool[Array, ""]:
     return (stats["stop"] == StopReason.nonfinite.value) & (stats["num_steps"] == 0)
 
 
-def _no_metrics() -> Metrics:
+def no_metrics() -> Metrics:
+    """Metrics before anything was measured."""
     unmeasured: dict[str, Any] = {name: _f32(jnp.nan) for name in Metrics._fields}
     flags = {"accepted": jnp.asarray(True), "finite": jnp.asarray(True)}
     return Metrics(**(unmeasured | flags | {"solver_steps": jnp.asarray(-1, jnp.int32)}))

@@ -141,7 +141,7 @@ class AbstractOutputCurvature(AbstractCurvature):
         batch × rows gradients.
         """
         x = self.objective.example(self.batch).x
-        return self.objective.pull_back_examples(self.params, x, self._row_basis(), self.key)
+        return self.objective.pull_back_examples(self.params, x, self.row_basis(), self.key)
 
     def row_gram(self) -> Float[Array, "rows rows"]:
         """UᵀU, the Gram matrix of the rows, which belong to the first example first.
@@ -150,9 +150,9 @@ class AbstractOutputCurvature(AbstractCurvature):
         weights in matrix products no row is ever written out.
         """
         x = self.objective.example(self.batch).x
-        return row_gram(self.objective, self.params, x, self._row_basis(), self.key)
+        return row_gram(self.objective, self.params, x, self.row_basis(), self.key)
 
-    def _row_basis(self) -> Float[Array, "rows batch ..."]:
+    def row_basis(self) -> Float[Array, "rows batch ..."]:
         """The cotangents of the outputs that stand for each row of an example."""
         _, metric = self.linearised()
         struct = metric.rows_structure()

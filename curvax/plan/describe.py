@@ -8,6 +8,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from curvax import _tree
 from curvax._jaxpr import cost
+from curvax._tables import table
 from curvax.objective import Batch, Objective, Params
 from curvax.plan.plan import Entry
 from curvax.plan.quantities import (
@@ -42,7 +43,7 @@ def describe(
         f"solver: {_solver_line(method)}",
         f"damping: {type(method.damping).__name__}",
         "",
-        *_table(rows),
+        *table(rows),
         "",
         *_state_lines(method, params),
     ]
@@ -134,14 +135,8 @@ def _state_lines(method: "Method", params: Params) -> list[str]:
         )
     total = sum(per_leaf.values()) + shared
     return [
-        *_table(rows),
+        *table(rows),
         "",
         f"state in all: {total:,} bytes ({total / max(_tree.nbytes(params), 1):.2f} × the "
         f"parameters; Adam: 2.00 ×), {shared:,} of them not of any one parameter",
     ]
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

@@ -6,7 +6,7 @@ quantity was computed once.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -85,6 +85,8 @@ class Entry(eqx.Module):
         if any(every == 1 for every, _ in self.cadences):
             return True
         dues = [count % every == offset for every, offset in self.cadences]
+        if self.quantity.tapped:
+            dues.append(count == 0)
         if isinstance(count, int):
             return any(dues)
         return jnp.any(jnp.stack([jnp.asarray(due) for due in dues]))
@@ -131,8 +133,11 @@ class Plan(eqx.Module):
         phase: tuple[Due, ...] | None = None,
         curvature_batch: Batch | None = None,
         judged_later: bool = False,
+        bases: Callable[[bool], Any] | None = None,
     ) -> Observation:
         """Computes value, gradient and what is due. A pure function; call it inside `jit`.
+
+        `bases` gives what a state holds to the quantities that are measured in it.
 
         **Raises** `ValueError` for a missing key, and for a batch that does not fit.
         """
@@ -147,7 +152,14 @@ class Plan(eqx.Module):
         from_hessian = curvature_batch is None and any(
             isinstance(entry.quantity, HessianCurvature) for entry in self.entries
         )
-        scope = Scope(objective, params, batch, key, curvature_batch, from_hessian)
+        taps = tuple(
+            entry.quantity
+            for entry, due in zip(self.entries, phase, strict=True)
+            if due is True and entry.quantity.tapped
+        )
+        scope = Scope(
+            objective, params, batch, key, curvature_batch, from_hessian, taps=taps, bases=bases
+        )
         # Touched first: a branch below may read these, but must not be the first to make them.
         value, gradient = scope.value, scope.gradient
         values = tuple(
@@ -174,6 +186,8 @@ def _compute(quantity: AbstractQuantity, due: Due, scope: Scope) -> PyTree[Array
         return None
     if due is True:
         return quantity.compute(scope)
+    if due is False:
+        return None
     compute = loop_safe(lambda: quantity.compute(scope.inside_branch()))
     absent = lambda: _tree.zeros_like(jax.eval_shape(compute))
-    return absent() if due is False else jax.lax.cond(due, compute, absent)
+    return jax.lax.cond(due, compute, absent)

@@ -7,6 +7,7 @@ linearised forward pass serves value, gradient, curvature products and diagonal 
 
 import abc
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
@@ -32,6 +33,8 @@ class Scope:
         key: PRNGKeyArray | None,
         curvature_batch: Batch | None = None,
         gradient_from_hessian: bool = False,
+        taps: tuple[Any, ...] = (),
+        bases: Callable[[bool], Any] | None = None,
     ):
         self.objective = objective
         self.params = params
@@ -39,17 +42,45 @@ class Scope:
         self.key = key
         self.curvature_batch = curvature_batch
         self._gradient_from_hessian = gradient_from_hessian
+        self._taps = taps
+        self.bases = bases
+        self._tapped: dict[Any, Any] = {}
+
+    def tapped(self, quantity: Any) -> Any:
+        """The forward pass that holds the taps of a quantity, and of all that go with it."""
+        kind = (quantity.recipe, quantity.rotated)
+        if kind not in self._tapped:
+            from curvax.plan.moments import TappedScope
+
+            together = [tap for tap in self._taps if (tap.recipe, tap.rotated) == kind]
+            self._tapped[kind] = TappedScope(self, tuple(together) or (quantity,))
+        return self._tapped[kind]
 
     @functools.cached_property
     def curvature(self) -> "Scope":
         """The scope of the curvature batch: this one, if there is no batch apart."""
         if self.curvature_batch is None:
             return self
-        return Scope(self.objective, self.params, self.curvature_batch, self.key)
+        return Scope(
+            self.objective,
+            self.params,
+            self.curvature_batch,
+            self.key,
+            taps=self._taps,
+            bases=self.bases,
+        )
+
+    @property
+    def _gradient_taps(self) -> Any:
+        """The tapped pass that the gradient takes part in: one forward pass serves both."""
+        on_this_batch = self._taps and self.curvature_batch is None
+        return self.tapped(self._taps[0]) if on_this_batch else None
 
     @functools.cached_property
     def linearisation(self) -> Linearisation:
         """The model's outputs, linearised: one forward pass, residuals kept."""
+        if self._gradient_taps is not None:
+            return self._gradient_taps.run.linearisation
         return self.objective.linearise(self.params, self.batch, self.key)
 
     @functools.cached_property
@@ -69,13 +100,26 @@ class Scope:
     def gradient(self) -> Params:
         if self._gradient_from_hessian:
             return self.hessian[0][1]
+        if self._gradient_taps is not None:
+            return self.objective.add_l2(self._gradient_taps.pulled[0], self.params)
         return self.objective.gradient_of(self.linearisation)
+
+    def score(self, linearisation: Linearisation) -> Array:
+        """The cotangent of the outputs that pulls back to the gradient."""
+        return self.objective.score_of(linearisation)
 
     def inside_branch(self) -> "Scope":
         """A scope for a branch of `lax.cond`: it may read what is there, but what it adds must
         not leak out of the branch.
         """
-        inner = Scope(self.objective, self.params, self.batch, self.key, self.curvature_batch)
+        inner = Scope(
+            self.objective,
+            self.params,
+            self.batch,
+            self.key,
+            self.curvature_batch,
+            bases=self.bases,
+        )
         there = self.__dict__
         inner.__dict__.update(
             {name: there[name] for name in ("linearisation", "hessian") if name in there}
@@ -105,6 +149,11 @@ class AbstractQuantity(eqx.Module):
     @property
     def random(self) -> bool:
         """Whether it needs a key."""
+        return False
+
+    @property
+    def tapped(self) -> bool:
+        """Whether it comes from taps in the step's own forward and backward pass."""
         return False
 
     @abc.abstractmethod

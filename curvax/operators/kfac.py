@@ -1,0 +1,300 @@
+"""K-FAC approximations of an objective's curvature as operators on their own."""
+
+import functools
+from typing import Any, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
+
+from curvax import _tree
+from curvax.objective import Batch, Objective, Params
+from curvax.operators.base import AbstractSymmetricOperator, check_structure
+from curvax.operators.factors import AbstractFactor, DenseFactor, DiagonalFactor
+from curvax.operators.kronecker import (
+    AbstractBlockMatrix,
+    DampedInverse,
+    Entries,
+    Product,
+    Rotated,
+    apply_blocks,
+)
+from curvax.plan.moments import BlockMoments, Recipe, moments_of
+from curvax.refresh import FactorMemory, first_factor, refresh
+from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock
+from curvax.taps.moments import FisherKind
+from curvax.taps.statistics import Moment, Sharing
+
+
+class AbstractBlockOperator(AbstractSymmetricOperator):
+    """A positive semidefinite operator over the parameters, one block for each weight.
+
+    Everything below acts block by block, and is exact for the operator itself (unless it says
+    otherwise); what the operator leaves out of the true curvature is another matter.
+    """
+
+    blocks: eqx.AbstractVar[tuple[Block, ...]]
+    matrices: eqx.AbstractVar[tuple[AbstractBlockMatrix, ...]]
+    structure: eqx.AbstractVar[Any]
+
+    @property
+    def positive_semidefinite(self) -> bool:
+        return True
+
+    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        leaves, treedef = self.structure
+        return jax.tree.unflatten(treedef, leaves)
+
+    def mv(self, vector: Params) -> Params:
+        check_structure("vector", vector, self.in_structure())
+        return apply_blocks(self.blocks, self.matrices, vector)
+
+    def inverse(self, damping: ScalarLike = 0.0, how: DampedInverse = "exact") -> "BlockOperator":
+        """(B + damping·I)⁻¹, for instance as a preconditioner of [`CG`][curvax.CG].
+
+        `how`: `"exact"`, by an eigendecomposition of each factor; `"pi"`, with a share of the
+        damping in each factor before it is inverted (Martens & Grosse 2015, section 6.3), by
+        Cholesky; `"per_factor"`, the same with √damping in each.
+        """
+        if how not in get_args(DampedInverse):
+            wanted = ", ".join(map(repr, get_args(DampedInverse)))
+            raise ValueError(f"how: got {how!r}, wanted one of {wanted}.")
+        damping = jnp.asarray(damping)
+        return self._map(lambda matrix: matrix.inverse(damping, how))
+
+    def sqrt(self, damping: ScalarLike = 0.0) -> "BlockOperator":
+        """The symmetric square root of B + damping·I."""
+        return self._map(lambda matrix: matrix.power(0.5, jnp.asarray(damping)))
+
+    def inverse_sqrt(self, damping: ScalarLike = 0.0) -> "BlockOperator":
+        """(B + damping·I)^(−1/2): of white noise it makes samples with covariance the inverse."""
+        return self._map(lambda matrix: matrix.power(-0.5, jnp.asarray(damping)))
+
+    def trace(self) -> Scalar:
+        return self._sum(lambda matrix: matrix.trace())
+
+    def logdet(self, damping: ScalarLike = 0.0) -> Scalar:
+        """log det(B + damping·I)."""
+        damping = jnp.asarray(damping)
+        return self._sum(lambda matrix: matrix.logdet(damping))
+
+    def frobenius_norm(self) -> Scalar:
+        """‖B‖ = √(Σ of the squared entries)."""
+        return jnp.sqrt(self._sum(lambda matrix: matrix.square_norm()))
+
+    def _sum(self, function: Any) -> Scalar:
+        terms = [function(matrix) for matrix in self.matrices]
+        dtype = _tree.common_dtype(terms)
+        return functools.reduce(jnp.add, [term.astype(dtype) for term in terms])
+
+    def _map(self, function: Any) -> "BlockOperator":
+        matrices = tuple(function(matrix) for matrix in self.matrices)
+        return BlockOperator(self.blocks, matrices, self.structure)
+
+
+class BlockOperator(AbstractBlockOperator):
+    """A function of another block operator."""
+
+    blocks: tuple[Block, ...] = eqx.field(static=True)
+    matrices: tuple[AbstractBlockMatrix, ...]
+    structure: Any = eqx.field(static=True)
+
+
+class KroneckerFactored(AbstractBlockOperator):
+    """K-FAC's approximation of the Gauss-Newton or Fisher matrix: G ⊗ A for each weight with its
+    bias, a diagonal for every other leaf (Martens & Grosse 2015; Grosse & Martens 2016 for
+    convolutions; Eschenhagen et al. 2023 for shared weights). The l2 term is left out.
+
+    **Arguments:** `objective`; `model`: the model, or its trained part; `batch`; a `key` for
+    `fisher="mc"` and for stochastic objectives;
+
+    - `fisher`: `"exact"`, `"mc"` (`samples` targets drawn for each event), `"empirical"`, or
+      `"forward_only"` (G = I);
+    - `sharing`: `"expand"` or `"reduce"` over positions that share a weight;
+    - `diagonal`: parts of the paths of leaves that are to have a diagonal block.
+
+    No layer is tagged or wrapped: [`sites`][curvax.sites] shows what was found. **Raises**
+    `ValueError` as the objective does for a batch that does not fit.
+    """
+
+    blocks: tuple[Block, ...] = eqx.field(static=True)
+    matrices: tuple[AbstractBlockMatrix, ...]
+    structure: Any = eqx.field(static=True)
+
+    def __init__(
+        self,
+        objective: Objective,
+        model: PyTree[Any],
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        *,
+        fisher: FisherKind = "exact",
+        samples: int = 1,
+        sharing: Sharing = "expand",
+        diagonal: tuple[str, ...] = (),
+    ):
+        recipe = _recipe(key, None, fisher, samples, sharing, diagonal)
+        params, objective = objective.bind(model)
+        objective.check(params, batch, key)
+        self.blocks, moments = moments_of(objective, params, batch, key, BlockMoments(recipe))
+        self.matrices = tuple(_matrix(block, moments[block.path], fisher) for block in self.blocks)
+        self.structure = _structure(params)
+
+
+class EigenvalueCorrected(AbstractBlockOperator):
+    """EK-FAC: the second moments of the gradient in the eigenbasis of K-FAC's factors (George et
+    al. 2018). Of all operators with that eigenbasis the nearest to the block, in Frobenius norm.
+
+    **Arguments** as [`KroneckerFactored`][curvax.KroneckerFactored]. Positions that share a weight
+    are taken as independent (`"expand"`) or as one (`"reduce"`): gradients of the size of a weight
+    are formed for no example. Two passes over the batch.
+    """
+
+    blocks: tuple[Block, ...] = eqx.field(static=True)
+    matrices: tuple[AbstractBlockMatrix, ...]
+    structure: Any = eqx.field(static=True)
+
+    def __init__(
+        self,
+        objective: Objective,
+        model: PyTree[Any],
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        *,
+        fisher: FisherKind = "exact",
+        samples: int = 1,
+        sharing: Sharing = "expand",
+        diagonal: tuple[str, ...] = (),
+    ):
+        if fisher == "forward_only":
+            raise ValueError("fisher: got 'forward_only', wanted a flavour that sees gradients.")
+        factored = KroneckerFactored(
+            objective,
+            model,
+            batch,
+            key,
+            fisher=fisher,
+            samples=samples,
+            sharing=sharing,
+            diagonal=diagonal,
+        )
+        recipe = _recipe(key, None, fisher, samples, sharing, diagonal)
+        params, objective = objective.bind(model)
+        bases: dict[str, Any] = {}
+        for block, matrix in zip(factored.blocks, factored.matrices, strict=True):
+            if isinstance(matrix, Product):
+                rotated = matrix.spectral()
+                bases[block.path] = (None, None, (rotated.input_basis, rotated.output_basis))
+        quantity = BlockMoments(recipe, rotated=True)
+        _, moments = moments_of(objective, params, batch, key, quantity, lambda _: bases)
+        matrices = []
+        for block, matrix in zip(factored.blocks, factored.matrices, strict=True):
+            if isinstance(matrix, Product):
+                rotated = matrix.spectral()
+                scales = moments[block.path].rotated
+                matrix = Rotated(rotated.output_basis, rotated.input_basis, scales)
+            matrices.append(matrix)
+        self.blocks, self.matrices = factored.blocks, tuple(matrices)
+        self.structure = factored.structure
+
+
+class LowRankKronecker(AbstractBlockOperator):
+    """K-FAC with factors Q M Qᵀ + τ(I − QQᵀ) of `rank` columns, each with the trace of the full
+    factor; nothing n × n is formed.
+
+    **Arguments** as [`KroneckerFactored`][curvax.KroneckerFactored], and `rank`: a share of a
+    factor's size, or a number of columns; `passes` over the batch, each a step of subspace
+    iteration from a random basis (Halko et al. 2011).
+    """
+
+    blocks: tuple[Block, ...] = eqx.field(static=True)
+    matrices: tuple[AbstractBlockMatrix, ...]
+    structure: Any = eqx.field(static=True)
+
+    def __init__(
+        self,
+        objective: Objective,
+        model: PyTree[Any],
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        *,
+        rank: float | int = 0.15,
+        passes: int = 3,
+        fisher: FisherKind = "exact",
+        samples: int = 1,
+        sharing: Sharing = "expand",
+        diagonal: tuple[str, ...] = (),
+    ):
+        if passes < 1:
+            raise ValueError(f"passes: got {passes}, wanted at least 1.")
+        recipe = _recipe(key, rank, fisher, samples, sharing, diagonal)
+        params, objective = objective.bind(model)
+        objective.check(params, batch, key)
+        self.blocks = recipe.blocks(objective, params, objective.example(batch).x)[1]
+        memories: dict[tuple[str, str], FactorMemory] = {}
+        dtype = _tree.accumulation_dtype(_tree.common_dtype(params))
+        for seed, block in enumerate(self.blocks):
+            if isinstance(block, KroneckerBlock):
+                for i, (side, form) in enumerate(_forms(block)):
+                    memory = first_factor(form, block.stack, dtype, 2 * seed + i)
+                    memories[block.path, side] = memory
+        moments: Any = {}
+        for _ in range(passes):
+            basis = lambda path, side: getattr(memories[path, side].factor, "basis", None)
+            bases = {path: (basis(path, "input"), basis(path, "output")) for path, _ in memories}
+            _, moments = moments_of(
+                objective, params, batch, key, BlockMoments(recipe), lambda _, b=bases: b
+            )
+            given = [getattr(moments[path], side) for path, side in memories]
+            # A decay of zero: each pass forgets the one before, but for the basis.
+            updated = refresh(list(memories.values()), given, 0.0)
+            memories = dict(zip(memories, updated, strict=True))
+        matrices = []
+        for block in self.blocks:
+            if isinstance(block, DiagonalBlock):
+                matrices.append(Entries(moments[block.path]))
+                continue
+            input, output = (memories[block.path, side].factor for side, _ in _forms(block))
+            if fisher == "forward_only":
+                output = _identity(output.size, output.trace())
+            matrices.append(Product(output, input))
+        self.matrices = tuple(matrices)
+        self.structure = _structure(params)
+
+
+def _recipe(key: PRNGKeyArray | None, rank: float | int | None, fisher: Any, *rest: Any) -> Recipe:
+    recipe = Recipe(rank, fisher, *rest)
+    if fisher == "mc" and key is None:
+        raise ValueError("key: got None, but fisher='mc' draws targets: pass a key.")
+    return recipe
+
+
+def _forms(block: KroneckerBlock) -> tuple[tuple[str, Form], tuple[str, Form]]:
+    return ("input", block.input), ("output", block.output)
+
+
+def _matrix(block: Block, moments: Any, fisher: FisherKind) -> AbstractBlockMatrix:
+    if isinstance(block, DiagonalBlock):
+        ones = fisher == "forward_only"
+        return Entries(jnp.ones_like(moments) if ones else moments)
+    input = _factor(moments.input)
+    output = _factor(moments.output)
+    if fisher == "forward_only":
+        output = _identity(output.size, output.trace())
+    return Product(output, input)
+
+
+def _factor(moment: Moment) -> AbstractFactor:
+    if moment.product.ndim == 2:
+        return DiagonalFactor(moment.product)
+    return DenseFactor((moment.product + jnp.swapaxes(moment.product, 1, 2)) / 2)
+
+
+def _identity(size: int, like: Array) -> DiagonalFactor:
+    return DiagonalFactor(jnp.ones((*like.shape, size), like.dtype))
+
+
+def _structure(params: Params) -> Any:
+    leaves, treedef = jax.tree.flatten(_tree.structure(params))
+    return tuple(leaves), treedef

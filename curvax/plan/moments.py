@@ -1,0 +1,188 @@
+"""The moments of Kronecker factors, as a quantity of a plan."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import PRNGKeyArray
+
+from curvax.objective import Batch, Objective, Params
+from curvax.plan.quantities import AbstractQuantity, Scope
+from curvax.taps.blocks import Block, KroneckerBlock, find_blocks
+from curvax.taps.moments import FisherKind, Moments, collect_moments, tapped_pass
+from curvax.taps.statistics import Sharing
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What Kronecker factors are made of.
+
+    - `rank`: of a factor's basis: a share of its size, a number of columns, or None for full
+      matrices.
+    - `fisher`: `"mc"` (targets drawn from the model, `samples` for each event), `"exact"` (a
+      backward pass for each output), `"empirical"` (the targets of the batch, in the gradient's
+      own backward pass), or `"forward_only"` (the input factors alone; G = I).
+    - `sharing`: `"expand"` or `"reduce"` over the positions that share a weight (Eschenhagen et
+      al. 2023).
+    - `diagonal`: parts of the paths of leaves whose blocks are to be diagonal.
+    """
+
+    rank: float | int | None = None
+    fisher: FisherKind = "mc"
+    samples: int = 1
+    sharing: Sharing = "expand"
+    diagonal: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        kinds = ("mc", "exact", "empirical", "forward_only")
+        if self.fisher not in kinds:
+            raise ValueError(f"fisher: got {self.fisher!r}, wanted one of {', '.join(kinds)}.")
+        if self.sharing not in ("expand", "reduce"):
+            raise ValueError(f"sharing: got {self.sharing!r}, wanted 'expand' or 'reduce'.")
+        if self.samples < 1:
+            raise ValueError(f"samples: got {self.samples}, wanted at least 1.")
+        share = isinstance(self.rank, float) and not 0 < self.rank <= 1
+        if share or (isinstance(self.rank, int) and self.rank < 1):
+            raise ValueError(
+                f"rank: got {self.rank}, wanted a share in (0, 1], a number of columns ≥ 1, or "
+                "None for full factors."
+            )
+
+    def blocks(self, objective: Objective, params: Params, x: Any) -> tuple[Any, tuple[Block, ...]]:
+        """The jaxpr of one example, and the blocks of the parameters."""
+        return find_blocks(objective, params, x, rank=self.rank, diagonal=self.diagonal)
+
+
+class BlockMoments(AbstractQuantity):
+    """The moments of the blocks in one of several slots, into which they are dealt by cost.
+
+    In the eigenbases that the memory holds, if `rotated`.
+    """
+
+    recipe: Recipe = eqx.field(static=True)
+    slot: int = eqx.field(static=True, default=0)
+    slots: int = eqx.field(static=True, default=1)
+    rotated: bool = eqx.field(static=True, default=False)
+
+    @property
+    def label(self) -> str:
+        what = "second moments in the eigenbasis" if self.rotated else "Kronecker moments"
+        part = f", slot {self.slot + 1} of {self.slots}" if self.slots > 1 else ""
+        return f"{what} ({self.recipe.fisher}{part})"
+
+    @property
+    def random(self) -> bool:
+        return self.recipe.fisher == "mc"
+
+    @property
+    def tapped(self) -> bool:
+        return True
+
+    def mine(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+        """The blocks of this slot."""
+        kept = tuple(b for b in blocks if isinstance(b, KroneckerBlock)) if self.rotated else blocks
+        return tuple(b for b in kept if slot_of(b, blocks, self.slots) == self.slot)
+
+    def compute(self, scope: Scope) -> Moments:
+        at = scope.curvature
+        moments = at.tapped(self).moments
+        return {block.path: moments[block.path] for block in self.mine(at.tapped(self).all_blocks)}
+
+
+def slot_of(block: Block, blocks: tuple[Block, ...], slots: int) -> int:
+    """Blocks are dealt out, largest first, to the slot with the least work so far."""
+    if slots == 1:
+        return 0
+
+    def work(block: Block) -> int:
+        if not isinstance(block, KroneckerBlock):
+            return 1
+        return block.stack * sum(form.size * max(form.rank, 1) for form in (block.input, block.output))
+
+    loads = [0] * slots
+    for each in sorted(blocks, key=lambda b: (-work(b), b.path)):
+        lightest = loads.index(min(loads))
+        if each.path == block.path:
+            return lightest
+        loads[lightest] += work(each)
+    raise AssertionError(f"{block.path} is none of the blocks.")
+
+
+class TappedScope:
+    """One forward pass with the taps of all quantities that are due, and what comes of it.
+
+    Lives, as a `Scope`, only while a step is traced.
+    """
+
+    def __init__(self, scope: Scope, quantities: tuple[BlockMoments, ...]):
+        first = quantities[0]
+        self._scope, self._recipe = scope, first.recipe
+        x = scope.objective.example(scope.batch).x
+        closed, self.all_blocks = first.recipe.blocks(scope.objective, scope.params, x)
+        self.blocks = tuple(b for q in quantities for b in q.mine(self.all_blocks))
+        bases = {} if scope.bases is None else scope.bases(first.rotated)
+        _check_bases(self.blocks, bases)
+        self.run = tapped_pass(
+            scope.objective,
+            scope.params,
+            scope.batch,
+            scope.key,
+            closed,
+            self.blocks,
+            bases,
+            first.recipe.sharing,
+        )
+        self._moments: Moments | None = None
+        self._pulled: Any = None
+
+    @property
+    def pulled(self) -> Any:
+        """The gradient without its l2 term, and the statistics of its backward pass."""
+        if self._pulled is None:
+            self._pulled = self.run.pull(self._scope.score(self.run.linearisation))
+        return self._pulled
+
+    @property
+    def moments(self) -> Moments:
+        if self._moments is None:
+            scope, recipe = self._scope, self._recipe
+            in_gradient = recipe.fisher in ("empirical", "forward_only")
+            self._moments = collect_moments(
+                scope.objective,
+                scope.batch,
+                scope.key,
+                self.run,
+                self.blocks,
+                recipe.fisher,
+                recipe.samples,
+                recipe.sharing,
+                self.pulled if in_gradient else None,
+            )
+        return self._moments
+
+
+def _check_bases(blocks: tuple[Block, ...], bases: Any) -> None:
+    for block in blocks:
+        if isinstance(block, KroneckerBlock) and block.path not in bases:
+            if "sketch" in (block.input.kind, block.output.kind):
+                raise ValueError(
+                    f"{block.path}: a low-rank factor is sketched in the basis that the "
+                    "optimizer's state holds: pass state=…, the state of the method, to observe."
+                )
+
+
+def moments_of(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: PRNGKeyArray | None,
+    quantity: BlockMoments,
+    bases: Any = None,
+) -> tuple[tuple[Block, ...], Moments]:
+    """The blocks of a model and their moments on one batch, outside of any plan."""
+    scope = Scope(objective, params, batch, key)
+    scope.bases = bases
+    tapped = TappedScope(scope, (quantity,))
+    return tapped.all_blocks, tapped.moments
+
+

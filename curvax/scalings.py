@@ -1,0 +1,216 @@
+"""What a step makes of a preconditioned gradient: its length, or more.
+
+A scaling is its own part of a method, because composition decides: the same factors with another
+scaling are another optimizer.
+"""
+
+import abc
+import math
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Scalar, ScalarLike
+
+from curvax import _tree
+from curvax.objective import Params
+from curvax.operators.kronecker import arrange, disarrange
+from curvax.plan.plan import Observation, Requirement
+from curvax.plan.quantities import AbstractCurvatureQuantity, GaussNewtonCurvature
+from curvax.taps.blocks import Block, DiagonalBlock
+
+
+class Context(NamedTuple):
+    """What a scaling may look at, besides the direction."""
+
+    gradient: Params
+    params: Params
+    observation: Observation
+    damping: Scalar
+    blocks: tuple[Block, ...]
+
+
+class AbstractScaling(eqx.Module):
+    """Turns a preconditioned gradient into the direction of a step, with the gradient's sign."""
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        """The quantities it wants."""
+        return ()
+
+    def init(self, params: Params) -> Any:
+        """Its state."""
+        del params
+        return ()
+
+    @abc.abstractmethod
+    def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
+        """The scaled direction, and the new state."""
+
+
+class AsIs(AbstractScaling):
+    """No scaling: the natural gradient."""
+
+    def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
+        del context
+        return direction, state
+
+
+class KLClip(AbstractScaling):
+    """The direction d, shortened so that gᵀd ≤ `limit`².
+
+    As d = F⁻¹g, gᵀd = dᵀFd is twice the change of the predictions in KL divergence that a step of
+    length 1 makes, to second order; a step of learning rate η then changes them by at most
+    ½ η² limit² nats an event, however small the damping (Ba et al. 2017, section 5; Pauloski et
+    al. 2021). `always` makes the direction as long as the limit allows, also where it is shorter.
+    """
+
+    limit: ScalarLike = 1.0
+    always: bool = eqx.field(static=True, default=False)
+
+    def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
+        square = jnp.maximum(_tree.dot(direction, context.gradient), 0)
+        length = jnp.sqrt(square)
+        factor = self.limit / jnp.maximum(length, jnp.finfo(length.dtype).tiny)
+        factor = jnp.where(length > 0, factor, 1.0)
+        if not self.always:
+            factor = jnp.minimum(factor, 1.0)
+        return _tree.scale(factor.astype(length.dtype), direction), state
+
+
+class RMS(AbstractScaling):
+    """Each leaf scaled to a root mean square of 1: the size of an Adam step."""
+
+    eps: float = 1e-30
+
+    def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
+        del context
+
+        def leaf(d: Array) -> Array:
+            wide = d.astype(_tree.accumulation_dtype(d.dtype))
+            return (d * jax.lax.rsqrt(jnp.mean(jnp.square(wide)) + self.eps).astype(d.dtype)).astype(
+                d.dtype
+            )
+
+        return jax.tree.map(leaf, direction), state
+
+
+class Grafted(AbstractScaling):
+    """Each leaf scaled to the norm of what another transformation makes of the gradient
+    (Agarwal et al. 2020), for instance `optax.scale_by_adam()`, whose state is kept here.
+    """
+
+    magnitude: optax.GradientTransformation = eqx.field(static=True)
+
+    def init(self, params: Params) -> Any:
+        return self.magnitude.init(params)
+
+    def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
+        target, state = self.magnitude.update(context.gradient, state, context.params)
+
+        def leaf(d: Array, t: Array) -> Array:
+            length, wanted = _tree.norm(d), _tree.norm(t)
+            factor = jnp.where(length > 0, wanted / jnp.where(length > 0, length, 1), 0)
+            return (d * factor.astype(d.dtype)).astype(d.dtype)
+
+        return jax.tree.map(leaf, direction, target), state
+
+
+class Orthogonalised(AbstractScaling):
+    """Each matrix replaced by the nearest semi-orthogonal one, of root mean square 1 for a square
+    matrix; leaves without a matrix (and embeddings) are scaled to a root mean square of 1.
+
+    By five Newton-Schulz steps in bfloat16-safe coefficients (Jordan et al. 2024, Muon); a matrix
+    of m × n is scaled by √max(1, m/n)·√n, so that one learning rate serves all shapes and both
+    kinds of leaf. A momentum before the orthogonalisation, as in Muon, is this scaling's own
+    state: `optax.trace` can only come after.
+    """
+
+    momentum: float = 0.95
+    steps: int = eqx.field(static=True, default=5)
+
+    def init(self, params: Params) -> Any:
+        return _tree.zeros_like(params)
+
+    def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
+        state = _tree.add_scaled(direction, self.momentum, state)
+        ahead = _tree.add_scaled(direction, self.momentum, state)  # Nesterov
+        leaves, treedef = jax.tree.flatten(ahead)
+        plain, _ = RMS().apply((), ahead, context)
+        results = list(jax.tree.leaves(plain))
+        for block in context.blocks:
+            if isinstance(block, DiagonalBlock) or block.kind == "embedding":
+                continue
+            matrix = arrange(block, leaves)
+            weight = matrix if block.bias is None else matrix[..., :-1]
+            spectral = newton_schulz(weight, self.steps)
+            rows, columns = weight.shape[-2:]
+            spectral = spectral * math.sqrt(max(rows, columns))
+            if block.bias is not None:
+                bias = matrix[..., -1:]
+                size = jnp.sqrt(jnp.mean(jnp.square(bias), axis=(1, 2), keepdims=True))
+                bias = bias / jnp.maximum(size, 1e-30)
+                spectral = jnp.concatenate([spectral, bias.astype(spectral.dtype)], axis=-1)
+            for leaf, part in disarrange(block, spectral, leaves).items():
+                results[leaf] = part.astype(leaves[leaf].dtype)
+        return jax.tree.unflatten(treedef, results), state
+
+
+class QuadraticState(NamedTuple):
+    """The last step δ, and the coefficients (α, μ) that it was made with."""
+
+    last: Params
+    coefficients: Float[Array, "2"]
+    count: Int[Array, ""]
+
+
+class QuadraticModel(AbstractScaling):
+    """δ = α d + μ δ₋₁ with the α and μ that minimise the quadratic model of the objective on the
+    batch, m(δ) = gᵀδ + ½ δᵀ(A + λI)δ (Martens & Grosse 2015, sections 6.4 and 7).
+
+    Two products with the Jacobian and a 2 × 2 solve each step; use a learning rate of 1, and no
+    momentum of Optax's.
+    """
+
+    curvature: AbstractCurvatureQuantity = GaussNewtonCurvature()
+
+    def requirements(self) -> tuple[Requirement, ...]:
+        return (Requirement(self.curvature, "scaling"),)
+
+    def init(self, params: Params) -> QuadraticState:
+        zero = jnp.zeros((), jnp.int32)
+        return QuadraticState(_tree.zeros_like(params), jnp.zeros((2,), jnp.float32), zero)
+
+    def apply(
+        self, state: QuadraticState, direction: Params, context: Context
+    ) -> tuple[Params, QuadraticState]:
+        operator = context.observation[self.curvature]
+        basis = [direction, state.last]
+        images = [operator.mv(v) for v in basis]
+        dtype = _tree.accumulation_dtype(_tree.common_dtype(direction))
+        damping = context.damping.astype(dtype)
+        entry = lambda i, j: _tree.dot(basis[i], images[j]) + damping * _tree.dot(basis[i], basis[j])
+        matrix = jnp.asarray([[entry(i, j) for j in range(2)] for i in range(2)], dtype)
+        slopes = jnp.asarray([_tree.dot(v, context.gradient) for v in basis], dtype)
+        # Scaled to a unit diagonal, so that one direction may be tiny; zero stays out.
+        scale = jnp.sqrt(jnp.diagonal(matrix))
+        inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+        unit = matrix * jnp.outer(inverse, inverse) + jnp.diag(jnp.where(scale > 0, 1e-6, 1.0))
+        step = -inverse * jnp.linalg.solve(unit, inverse * slopes)
+        delta = _tree.add_scaled(_tree.scale(step[0], direction), step[1], state.last)
+        new = QuadraticState(delta, step.astype(jnp.float32), state.count + 1)
+        return _tree.scale(-1.0, delta), new
+
+
+def newton_schulz(matrices: Array, steps: int) -> Array:
+    """U Vᵀ of U Σ Vᵀ, roughly: singular values end between about 0.7 and 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if tall else x
+    x = x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)), 1e-30)
+    for _ in range(steps):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return jnp.swapaxes(x, -1, -2) if tall else x

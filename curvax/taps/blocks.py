@@ -1,0 +1,301 @@
+"""Which block of the curvature each leaf of the parameters goes to, and how factors are held."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from curvax import _tree
+from curvax.objective import Objective, Params
+from curvax.taps.arrangement import Elementwise, Lookup
+from curvax.taps.find import Found, Unknown, Use, find_uses, on_host
+from curvax.taps.layout import View
+from curvax.taps.statistics import Kind, Sharing, Statistics
+
+# Sides longer than this (a vocabulary) have a diagonal factor.
+LONGEST = 8192
+# Sides at most this long are held whole, whatever the rank.
+WHOLE = 32
+# Ranks given as a share are rounded down to whole tiles of matrix units.
+TILE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How one factor is held: `full`, `sketch` (low rank) or `diagonal`."""
+
+    kind: Kind
+    size: int
+    rank: int = 0
+
+    @staticmethod
+    def of(size: int, other: int, rank: float | int | None) -> "Form":
+        """The form of a factor, next to one of size `other`."""
+        if size > LONGEST:
+            return Form("diagonal", size)
+        if rank is None or size <= WHOLE:
+            return Form("full", size)
+        columns = rank if isinstance(rank, int) else max(int(rank * size), 1)
+        if isinstance(rank, float) and rank < 1:
+            # The basis of a long side shall cost at most half of what the weight does.
+            columns = min(columns, max(other // 2, WHOLE))
+            columns -= columns % TILE if columns >= 2 * TILE else 0
+        return Form("full", size) if columns >= size else Form("sketch", size, columns)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in one such factor."""
+        if self.kind == "sketch":
+            return self.size * self.rank + self.rank**2 + 1
+        return self.size ** (2 if self.kind == "full" else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class KroneckerBlock:
+    """The block of a weight (with its bias): one Kronecker product for each matrix of a stack.
+
+    `view` sees the weight as (stack, out, in); a bias is one more input. `swapped` says of each
+    use whether its outputs are the inputs of the block (a tied embedding).
+    """
+
+    path: str
+    leaf: int
+    bias: int | None
+    view: View
+    bias_view: View | None
+    stack: int
+    input: Form
+    output: Form
+    uses: tuple[Use, ...]
+    swapped: tuple[bool, ...]
+
+    @property
+    def kind(self) -> str:
+        return " + ".join(dict.fromkeys(use.kind for use in self.uses))
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return (self.leaf,) if self.bias is None else (self.leaf, self.bias)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in its factors."""
+        return self.stack * (self.input.numbers + self.output.numbers)
+
+    def statistics(self, index: int, sharing: Sharing, weighted: bool) -> Statistics:
+        """The rule of the tap at a use."""
+        input, output = self.input, self.output
+        if self.swapped[index]:
+            input, output = output, input
+        return Statistics(
+            self.uses[index].arrangement,
+            input.kind,
+            output.kind,
+            input.rank,
+            output.rank,
+            self.bias is not None,
+            sharing,
+            weighted,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagonalBlock:
+    """The block of a leaf whose curvature is kept as a diagonal; `reason` says why, if that is a
+    fallback. Without uses the diagonal is estimated from whole gradients.
+    """
+
+    path: str
+    leaf: int
+    uses: tuple[Use, ...]
+    reason: str = ""
+
+    @property
+    def kind(self) -> str:
+        return " + ".join(dict.fromkeys(use.kind for use in self.uses)) or "?"
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        return (self.leaf,)
+
+
+Block = KroneckerBlock | DiagonalBlock
+
+
+def find_blocks(
+    objective: Objective,
+    params: Params,
+    x: Any,
+    *,
+    rank: float | int | None = None,
+    diagonal: tuple[str, ...] = (),
+) -> tuple[Any, tuple[Block, ...]]:
+    """The jaxpr of one example of a batch of inputs x, and the blocks of its parameters.
+
+    `diagonal` names leaves (by a part of their path) whose block is to be diagonal.
+    """
+    first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    leaves, treedef = jax.tree.flatten(params)
+    one = jax.tree.map(first, x)
+
+    def predict(leaves: Any, x: Any, key: Any) -> Any:
+        return objective.predict_one(jax.tree.unflatten(treedef, leaves), x, key)
+
+    key = jax.eval_shape(lambda: jax.random.key(0)) if objective.stochastic else None
+    closed = jax.make_jaxpr(predict)(leaves, one, key)
+    variables = {var: i for i, var in enumerate(closed.jaxpr.invars[: len(leaves)])}
+    found = find_uses(closed.jaxpr, variables)
+    paths = _tree.paths(params)
+    return closed, _blocks(found, paths, leaves, rank, diagonal)
+
+
+def _blocks(
+    found: Found, paths: list[str], leaves: list[Any], rank: Any, diagonal: tuple[str, ...]
+) -> tuple[Block, ...]:
+    by_leaf: dict[int, list[Use | Unknown]] = {i: [] for i in range(len(paths))}
+    for use in found:
+        by_leaf[use.leaf if isinstance(use, Unknown) else use.view.leaf].append(use)
+    blocks: list[Block] = []
+    biases: dict[int, list[int]] = {}
+    for leaf, uses in by_leaf.items():
+        asked = any(part in paths[leaf] for part in diagonal)
+        made = None if asked else _kronecker(leaf, paths[leaf], leaves[leaf], uses, rank)
+        for block in made or ():
+            if block.bias is not None:
+                biases.setdefault(block.bias, []).append(len(blocks))
+            blocks.append(block)
+    for bias, users in biases.items():
+        # A bias of two blocks, or one that is also used by itself, belongs to neither.
+        if len(users) > 1 or by_leaf[bias] or any(part in paths[bias] for part in diagonal):
+            for index in users:
+                blocks[index] = _without_bias(blocks[index])
+    for use in found:
+        # What does not become a part of a weight's block has one of its own.
+        if isinstance(use, Use) and use.shift is not None:
+            by_leaf[use.shift.view.leaf].append(use.shift)
+    covered = {leaf for block in blocks for leaf in block.leaves}
+    for leaf in range(len(paths)):
+        if leaf not in covered:
+            asked = any(part in paths[leaf] for part in diagonal)
+            blocks.append(_diagonal(leaf, paths[leaf], by_leaf[leaf], asked))
+    order = sorted(blocks, key=lambda block: block.leaf)
+    return tuple(order)
+
+
+def _kronecker(
+    leaf: int, path: str, struct: Any, uses: list[Use | Unknown], rank: Any
+) -> list[KroneckerBlock] | None:
+    """The blocks of a leaf that is only used in products, if they fit together."""
+    products = [
+        use for use in uses if isinstance(use, Use) and not isinstance(use.arrangement, Elementwise)
+    ]
+    if not products or len(products) < len(uses):
+        return None
+    views: dict[View, list[Use]] = {}
+    for use in products:
+        views.setdefault(use.view, []).append(use)
+    if len(views) == 1 and not products[0].view.partial:
+        return [_block(leaf, path, products, (False,) * len(products), rank)]
+    if all(view.partial for view in views) and _tile(views, struct):
+        return [
+            _block(leaf, f"{path}[{i}]", group, (False,) * len(group), rank)
+            for i, group in enumerate(views.values())
+        ]
+    swapped = _tied(products, struct)
+    return None if swapped is None else [_block(leaf, path, products, swapped, rank)]
+
+
+def _block(
+    leaf: int, path: str, uses: list[Use], swapped: tuple[bool, ...], rank: Any
+) -> KroneckerBlock:
+    frame = uses[swapped.index(False)]
+    bias_views = {use.bias for use in uses}
+    bias = bias_views.pop() if len(bias_views) == 1 and not any(swapped) else None
+    arrangement = frame.arrangement
+    sizes = arrangement.inputs + (bias is not None), arrangement.outputs
+    input, output = Form.of(*sizes, rank), Form.of(*sizes[::-1], rank)
+    if any(isinstance(use.arrangement, Lookup) for use in uses):
+        input = Form("diagonal", arrangement.inputs)
+    return KroneckerBlock(
+        path,
+        leaf,
+        None if bias is None else bias.leaf,
+        frame.view,
+        bias,
+        frame.stack,
+        input,
+        output,
+        tuple(uses),
+        swapped,
+    )
+
+
+def _without_bias(block: Block) -> Block:
+    assert isinstance(block, KroneckerBlock)
+    input = dataclasses.replace(block.input, size=block.input.size - 1)
+    return dataclasses.replace(block, bias=None, bias_view=None, input=input)
+
+
+def _tile(views: Mapping[View, Any], struct: Any) -> bool:
+    """Whether slices of a leaf leave nothing out and do not overlap."""
+    first = next(iter(views))
+    if any(v.outside != first.outside or v.depth != first.depth for v in views):
+        return False
+    if first.outside.partial:
+        return False
+    entries = np.arange(math.prod(first.base)).reshape(first.base)
+    seen = [np.asarray(on_host(view.inside, entries)).ravel() for view in views]
+    together = np.concatenate(seen)
+    return together.size == entries.size and np.unique(together).size == entries.size
+
+
+def _tied(uses: list[Use], struct: Any) -> tuple[bool, ...] | None:
+    """For uses of a leaf as a matrix and as its transpose: which are transposed."""
+    first = next((use for use in uses if isinstance(use.arrangement, Lookup)), uses[0])
+    if any(use.view.partial or use.view.depth or use.view.repeats for use in uses):
+        return None
+    memory = np.empty(struct.shape, np.int8)
+    frame = _memory_of(on_host(first.view, memory), memory)
+    swapped = []
+    for use in uses:
+        seen = on_host(use.view, memory)
+        if frame is None or seen.ndim != 3:
+            return None
+        if _memory_of(seen, memory) == frame:
+            swapped.append(False)
+        elif _memory_of(seen.swapaxes(1, 2), memory) == frame:
+            swapped.append(True)
+        else:
+            return None
+    # The tied use must be able to hold what the other holds: no tables on both sides.
+    if any(s and isinstance(u.arrangement, Lookup) for s, u in zip(swapped, uses, strict=True)):
+        return None
+    return tuple(swapped)
+
+
+def _memory_of(array: np.ndarray, owner: np.ndarray) -> Any:
+    """Where an array reads its entries, if it reads those of `owner`."""
+    if not np.may_share_memory(array, owner):
+        return None
+    # NumPy gives axes of size 1 any stride.
+    strides = [stride for stride, size in zip(array.strides, array.shape, strict=True) if size > 1]
+    return array.shape, strides, array.__array_interface__["data"]
+
+
+def _diagonal(leaf: int, path: str, uses: list[Use | Unknown], asked: bool) -> DiagonalBlock:
+    elementwise = tuple(
+        use for use in uses if isinstance(use, Use) and isinstance(use.arrangement, Elementwise)
+    )
+    if asked:
+        reason = "asked for"
+    elif not uses:
+        reason = "the model does not use it"
+    elif len(elementwise) == len(uses):
+        return DiagonalBlock(path, leaf, elementwise)
+    else:
+        unknown = [use.reason for use in uses if isinstance(use, Unknown)]
+        reason = unknown[0] if unknown else "its uses do not fit together"
+    return DiagonalBlock(path, leaf, (), reason)

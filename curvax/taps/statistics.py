@@ -1,0 +1,192 @@
+"""What a tap makes of an input x and an output cotangent g.
+
+With rows x_bt of the input and g_bt of the output cotangent (example b, position t), weights w_b
+and, for a layer with a bias, a homogeneous coordinate 1 behind each x_bt (Martens & Grosse 2015,
+section 2), a *moment* of a side is
+
+- `full`: Σ x xᵀ;
+- `sketch`: (Σ x xᵀ) Q for an orthonormal basis Q, and the trace of Σ x xᵀ;
+- `diagonal`: the diagonal of Σ x xᵀ.
+
+K-FAC-expand sums over examples and positions; K-FAC-reduce over examples, of the mean of x and the
+sum of g over positions (Eschenhagen et al. 2023, eqs. 14 and 18).
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from curvax.taps.arrangement import AbstractArrangement, Elementwise, Lookup, accumulator, product
+
+Kind = Literal["none", "full", "sketch", "diagonal"]
+Sharing = Literal["expand", "reduce"]
+
+
+class Moment(NamedTuple):
+    """A moment of one side and its trace, for each matrix of a stack."""
+
+    product: Array
+    trace: Float[Array, " stack"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The rule of a tap: which moments of which side, or for an elementwise use the squared
+    gradients of examples.
+
+    `basis` columns of a sketch; `bias` whether the inputs have a homogeneous coordinate;
+    `weighted` whether examples have weights, which count on the input side (g carries its own);
+    `rotated` asks for Σ (U_outᵀ g)² (x U_in)²ᵀ in given bases instead (George et al. 2018, eq. 10).
+    """
+
+    arrangement: AbstractArrangement
+    input: Kind = "none"
+    output: Kind = "none"
+    input_rank: int = 0
+    output_rank: int = 0
+    bias: bool = False
+    sharing: Sharing = "expand"
+    weighted: bool = False
+    rotated: bool = False
+    dtype: Any = jnp.float32
+
+    @property
+    def input_size(self) -> int:
+        return self.arrangement.inputs + self.bias
+
+    def probes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The shapes of what a call returns."""
+        zeros = lambda *shape: jax.ShapeDtypeStruct(shape, self.dtype)
+        stack, outputs = self.arrangement.stack, self.arrangement.outputs
+        if isinstance(self.arrangement, Elementwise):
+            return (zeros(*self.arrangement.view.base),)
+        if self.rotated:
+            return (zeros(stack, outputs, self.input_size),)
+        shapes: tuple[jax.ShapeDtypeStruct, ...] = ()
+        sides = ((self.input, self.input_size, self.input_rank),)
+        sides += ((self.output, outputs, self.output_rank),)
+        for kind, size, rank in sides:
+            columns = {"none": None, "full": (size,), "sketch": (rank,), "diagonal": ()}[kind]
+            if columns is not None:
+                shapes += (zeros(stack, size, *columns), zeros(stack))
+        return shapes
+
+    def __call__(
+        self, g: Array, x: Array, weight: Array, *bases: Array, lead: int
+    ) -> tuple[Array, ...]:
+        weights = weight.reshape(-1) if self.weighted else None
+        if isinstance(self.arrangement, Elementwise):
+            gradients = self.arrangement.gradients(x, g, lead)
+            statistics = (jnp.sum(jnp.square(gradients), axis=0),)
+        elif self.rotated:
+            statistics = (self._rotated(g, x, bases, lead),)
+        else:
+            remaining = list(bases)
+            statistics = ()
+            if self.input != "none":
+                basis = remaining.pop(0) if self.input == "sketch" else None
+                statistics += self._input(x, weights, basis, lead)
+            if self.output != "none":
+                basis = remaining.pop(0) if self.output == "sketch" else None
+                rows = self._output_rows(g, lead)
+                statistics += _moment(rows, None, self.output, basis)
+        return tuple(statistic.astype(self.dtype) for statistic in statistics)
+
+    # -- sides -----------------------------------------------------------------------------------
+
+    def _output_rows(self, g: Array, lead: int) -> Array:
+        rows = self.arrangement.output_rows(g, lead)
+        if self.sharing == "reduce":
+            rows = jnp.sum(rows.astype(accumulator(rows)), axis=2, keepdims=True)
+        return rows
+
+    def _input_rows(self, x: Array, lead: int) -> Array:
+        rows = self.arrangement.input_rows(x, lead)
+        if self.sharing == "reduce":
+            rows = jnp.mean(rows.astype(accumulator(rows)), axis=2, keepdims=True)
+        if self.bias:
+            rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+        return rows
+
+    def _input(
+        self, x: Array, weights: Array | None, basis: Array | None, lead: int
+    ) -> tuple[Array, Array]:
+        arrangement = self.arrangement
+        if isinstance(arrangement, Lookup):
+            indices = arrangement.indices(x, lead)
+            one = jnp.ones((), self.dtype) if weights is None else weights[:, None]
+            counts = jnp.zeros((1, arrangement.inputs), self.dtype)
+            ones = jnp.broadcast_to(one.astype(self.dtype), indices.shape)
+            counts = counts.at[0, indices].add(ones, mode="drop", wrap_negative_indices=False)
+            return counts, jnp.sum(counts, axis=-1)
+        if self.input == "sketch" and self.sharing == "expand":
+            assert basis is not None
+            return self._sketch(x, weights, basis, lead)
+        return _moment(self._input_rows(x, lead), weights, self.input, basis)
+
+    def _sketch(
+        self, x: Array, weights: Array | None, basis: Array, lead: int
+    ) -> tuple[Array, Array]:
+        """The sketch without rows of its own for a convolution's patches or the coordinate 1."""
+        arrangement = self.arrangement
+        body, last = (basis[:, :-1], basis[:, -1:]) if self.bias else (basis, None)
+        low = body if x.dtype.itemsize >= body.dtype.itemsize else body.astype(x.dtype)
+        rows = arrangement.project(x, low, lead)
+        if last is not None:
+            rows = rows + last[:, None].astype(rows.dtype)
+        if weights is None:
+            trace = arrangement.square_sum(x, lead)
+            total = jnp.asarray(rows.shape[1] * rows.shape[2], trace.dtype)
+        else:
+            rows = rows * weights[None, :, None, None].astype(rows.dtype)
+            square = jnp.square(arrangement.input_rows(x, lead).astype(rows.dtype))
+            trace = jnp.einsum("sbpn,b->s", square, weights.astype(rows.dtype))
+            total = jnp.sum(weights) * rows.shape[2]
+        sketch = arrangement.collect(x, rows.astype(x.dtype), lead)
+        if last is not None:
+            sketch = jnp.concatenate([sketch, jnp.sum(rows, axis=(1, 2))[:, None]], axis=1)
+            trace = trace + total.astype(trace.dtype)
+        return sketch, trace
+
+    def _rotated(self, g: Array, x: Array, bases: tuple[Array, ...], lead: int) -> Array:
+        # A side that is diagonal has no basis but the coordinates themselves.
+        rows = self._output_rows(g, lead)
+        if self.output != "diagonal":
+            rows = product("sbpm,smk->sbpk", rows, bases[-1])
+        squares = jnp.square(rows.astype(accumulator(rows)))
+        if isinstance(self.arrangement, Lookup):
+            indices = self.arrangement.indices(x, lead)
+            share = squares.shape[2] / indices.shape[1]  # of the positions, if they are reduced
+            total = jnp.zeros((self.arrangement.inputs, squares.shape[-1]), squares.dtype)
+            total = total.at[indices].add(
+                squares[0] * share, mode="drop", wrap_negative_indices=False
+            )
+            return total.T[None]
+        inputs = self._input_rows(x, lead)
+        if self.input != "diagonal":
+            inputs = product("sbpn,snk->sbpk", inputs, bases[0])
+        inputs = inputs.astype(accumulator(inputs))
+        return product("sbpm,sbpn->smn", squares, jnp.square(inputs))
+
+
+def _moment(
+    rows: Array, weights: Array | None, kind: Kind, basis: Array | None
+) -> tuple[Array, Array]:
+    weighted = rows
+    if weights is not None:
+        weighted = rows * weights[None, :, None, None].astype(rows.dtype)
+    if kind == "full":
+        moment = product("sbpi,sbpj->sij", weighted, rows)
+        return moment, jnp.trace(moment, axis1=1, axis2=2)
+    dtype = accumulator(rows)
+    diagonal = jnp.sum(weighted.astype(dtype) * rows.astype(dtype), axis=(1, 2))
+    trace = jnp.sum(diagonal, axis=-1)
+    if kind == "diagonal":
+        return diagonal, trace
+    assert basis is not None
+    low = basis.astype(rows.dtype) if rows.dtype.itemsize < basis.dtype.itemsize else basis
+    projected = product("sbpn,snk->sbpk", weighted, low)
+    return product("sbpn,sbpk->snk", rows, projected.astype(rows.dtype)), trace
