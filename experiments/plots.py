@@ -2,21 +2,33 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from experiments.recipes import RECIPES
 from experiments.summary import Comparison
 from experiments.training import Run
 
-# Okabe & Ito's palette, distinct also without colour by the line styles beside it.
-STYLES = {
-    "adam": ("#000000", "-"),
-    "ggn_cg": ("#0072B2", "-"),
-    "newton_cg": ("#D55E00", "--"),
-    "egn": ("#009E73", "-."),
-    "ggn_direct": ("#CC79A7", ":"),
-    "newton_direct": ("#E69F00", (0, (5, 1, 1, 1, 1, 1))),
-}
+# Okabe & Ito's palette, but brown for its yellow; line styles beside it tell apart what has no
+# colour. A method has the pair of its place among the recipes: there are 24.
+COLOURS = (
+    "#000000",
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C564B",
+)
+LINES = ("-", "-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+
+
+def style(method: str) -> tuple[str, Any]:
+    """The colour and line of a method, which are its own whatever it is plotted with."""
+    place = list(RECIPES).index(method)
+    return COLOURS[place % len(COLOURS)], LINES[place % len(LINES)]
 
 
 def learning_curves(path: Path, comparisons: Sequence[Comparison], title: str) -> None:
@@ -37,7 +49,7 @@ def learning_curves(path: Path, comparisons: Sequence[Comparison], title: str) -
     figure.suptitle(title)
     for (by_step, by_second), comparison in zip(grid, comparisons, strict=True):
         for trial in comparison.trials:
-            colour, line = STYLES[trial.method]
+            colour, line = style(trial.method)
             runs = [run for run in trial.chosen if not run.diverged]
             if not runs:
                 by_step.plot([], [], color=colour, linestyle=line, label=f"{trial.method} diverged")

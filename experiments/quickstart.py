@@ -4,15 +4,16 @@
 
 trains an MLP and a convnet on Fashion-MNIST with every method on the same batches, each at the
 learning rate of its own small grid that ends with the least loss, and writes a table, the numbers
-behind it (JSON) and a plot (PNG).
+behind it (JSON) and a plot (PNG). With `--task lm` a transformer learns Shakespeare's letters.
 """
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -24,19 +25,44 @@ from experiments.plots import learning_curves
 from experiments.recipes import DENSE, DENSE_LIMIT, RECIPES, ROWS_LIMIT
 from experiments.summary import table, write_json
 from experiments.timing import provenance
-from experiments.training import SMOOTHING, Task
+from experiments.training import LENGTH, SMOOTHING, Task
 
-TABLES = ("concrete", "energy", "kin8nm", "power-plant", "wine-quality-red", "yacht")
-DATASETS = ("fashion-mnist", *TABLES)
-# The loss to reach. On Fashion-MNIST Adam passes it before the end of a default run.
-TARGET = 0.4
-REGRESSION_TARGET = 0.1
+# The data sets of each task: the first is taken unless another one is named.
+TASKS = {
+    "images": ("fashion-mnist",),
+    "tables": ("concrete", "energy", "kin8nm", "power-plant", "wine-quality-red", "yacht"),
+    "lm": ("tinyshakespeare", "wikitext-2"),
+}
+DATASETS = tuple(itertools.chain.from_iterable(TASKS.values()))
+# What a model takes, for the message where a data set has none.
+TAKES = {"mlp": "numbers", "cnn": "images", "autoencoder": "images", "transformer": "text"}
+
+
+class Usual(NamedTuple):
+    """How one kind of `Task` is run where no flag says otherwise, and the head of its score."""
+
+    models: tuple[str, ...]
+    methods: tuple[str, ...]
+    batch_size: int
+    target: float
+    score: str
+
+
+_METHODS = ("adam", "ggn_cg", "newton_cg")
+# Adam passes the targets before the end of a default run, but for those of the tables.
+USUAL = {
+    "classification": Usual(("mlp", "cnn"), _METHODS, 512, 0.4, "test\nacc. %"),
+    "regression": Usual(("mlp",), _METHODS, 512, 0.1, "test\nRMSE"),
+    "language": Usual(("transformer",), ("adam", "ggn_cg"), 32, 2.5, "test loss\nnats"),
+    "reconstruction": Usual(("autoencoder",), _METHODS, 512, 260, "test\nRMSE"),
+}
 
 EXAMPLES = """examples:
   python -m experiments.quickstart                all of it: a few minutes on two CPU cores
   python -m experiments.quickstart --smoke        everything once, too short to say anything
   python -m experiments.quickstart --model mlp --seeds 0 1 2
   python -m experiments.quickstart --dataset kin8nm --methods adam egn ggn_cg
+  python -m experiments.quickstart --task lm      a small transformer on text: some minutes
 
 Data are read from the folder CURVAX_DATA if that is set, else fetched once into the cache.
 """
@@ -59,34 +85,42 @@ def parser() -> argparse.ArgumentParser:
         add(flag, help, type=_positive, metavar="N")
 
     add(
+        "--task",
+        "images, tables or lm (a language model): without --dataset, that of the task is "
+        f"{', '.join(f'{sets[0]} for {task}' for task, sets in TASKS.items())} (default: images)",
+        choices=tuple(TASKS),
+        metavar="TASK",
+    )
+    add(
         "--dataset",
-        f"one of {', '.join(DATASETS)} (default: fashion-mnist); all but the first are regression",
+        f"one of {', '.join(DATASETS)} (default: that of --task, or fashion-mnist)",
         choices=DATASETS,
-        default="fashion-mnist",
         metavar="NAME",
     )
     add(
         "--model",
-        "mlp, cnn or both (default: both; for regression mlp, which is all there is)",
+        "for images mlp, cnn or both, or autoencoder alone (default: both); for tables mlp; for "
+        "lm transformer",
         nargs="+",
         choices=models.MODELS,
         metavar="NAME",
     )
     add(
         "--methods",
-        f"any of {', '.join(RECIPES)} (default: adam ggn_cg newton_cg, and egn where a batch has "
-        f"at most {ROWS_LIMIT} outputs); the last two for at most {DENSE_LIMIT} parameters",
+        f"any of {', '.join(RECIPES)} (default: adam ggn_cg, for images and tables newton_cg, and "
+        f"egn where a batch has at most {ROWS_LIMIT} outputs); {' and '.join(DENSE)} for at most "
+        f"{DENSE_LIMIT} parameters",
         nargs="+",
         choices=tuple(RECIPES),
         metavar="NAME",
     )
     number("--steps", "steps of each run (default: 300)")
-    number("--batch-size", "examples in a batch (default: 512)")
+    number("--batch-size", "examples in a batch (default: 512; for lm 32)")
     number("--cg-steps", "steps of the inner solver in ggn_cg and newton_cg (default: 5)")
     add(
         "--target",
-        f"the smoothed training loss to reach (default: {TARGET:g}; {REGRESSION_TARGET:g} for "
-        "regression)",
+        "the smoothed training loss to reach (default: "
+        f"{', '.join(f'{usual.target:g} for {kind}' for kind, usual in USUAL.items())})",
         type=float,
         metavar="LOSS",
     )
@@ -130,44 +164,71 @@ class Unusable(ValueError):
     """Flags that do not go together; the message is for the user."""
 
 
+def dataset_name(flags: argparse.Namespace) -> str:
+    """The data set that flags ask for, or `Unusable`."""
+    if flags.dataset is None:
+        return TASKS[flags.task or "images"][0]
+    if flags.task is not None and flags.dataset not in TASKS[flags.task]:
+        raise Unusable(
+            f"--dataset {flags.dataset}: it is not for --task {flags.task}; use "
+            f"{' or '.join(TASKS[flags.task])}."
+        )
+    return flags.dataset
+
+
 def settle(flags: argparse.Namespace, dataset: Dataset) -> Settings:
     """The settings that flags and data make together, or `Unusable`."""
-    regression = dataset.kind == "regression"
     smoke = flags.smoke
-    batch_size = flags.batch_size or (64 if smoke else 512)
-    if batch_size > len(dataset.train[0]):
+    names = tuple(dict.fromkeys(flags.model or USUAL[dataset.kind].models))
+    _check_models(names, dataset)
+    tasks = [Task(dataset, name) for name in names]
+    first = tasks[0]
+    usual = USUAL[first.kind]
+    batch_size = flags.batch_size or (min(64, usual.batch_size) if smoke else usual.batch_size)
+    if batch_size > len(first.train[0]):
         raise Unusable(
-            f"--batch-size {batch_size}: {dataset.name} has {len(dataset.train[0])} examples to "
+            f"--batch-size {batch_size}: {dataset.name} has {len(first.train[0])} examples to "
             f"train on{' with --smoke' if smoke else ''}."
         )
-    names = tuple(dict.fromkeys(flags.model or (("mlp",) if regression else models.MODELS)))
-    if regression and "cnn" in names:
-        raise Unusable(f"--model cnn: it takes images, and {dataset.name} has none; use mlp.")
-    rows = batch_size * Task(dataset, names[0]).outputs
     methods = tuple(dict.fromkeys(flags.methods or ()))
     if not methods:
-        methods = ("adam", "ggn_cg", "newton_cg") + (("egn",) if rows <= ROWS_LIMIT else ())
-    for name in names:
-        size = models.count(Task(dataset, name).init(jax.random.key(0)))
+        small = batch_size * first.rows <= ROWS_LIMIT
+        methods = usual.methods + (("egn",) if small else ())
+    for task in tasks:
+        size = models.count(task.init(jax.random.key(0)))
         if size > DENSE_LIMIT and set(DENSE) & set(methods):
             raise Unusable(
-                f"--methods {' '.join(m for m in methods if m in DENSE)}: {name} has {size} "
+                f"--methods {' '.join(m for m in methods if m in DENSE)}: {task.model} has {size} "
                 f"parameters, and dense curvature is for at most {DENSE_LIMIT}; use ggn_cg."
             )
-    target = flags.target
-    if target is None:
-        target = REGRESSION_TARGET if regression else TARGET
     return Settings(
-        dataset=flags.dataset,
+        dataset=dataset.name,
         models=names,
         methods=methods,
         steps=flags.steps or (10 if smoke else 300),
         batch_size=batch_size,
         cg_steps=flags.cg_steps or (2 if smoke else 5),
-        target=target,
+        target=usual.target if flags.target is None else flags.target,
         seeds=tuple(dict.fromkeys(flags.seeds)),
         smoke=smoke,
     )
+
+
+def _check_models(names: tuple[str, ...], dataset: Dataset) -> None:
+    fit = USUAL[dataset.kind].models
+    if dataset.kind == "classification":
+        fit += USUAL["reconstruction"].models
+    for name in names:
+        if name not in fit:
+            raise Unusable(
+                f"--model {name}: it takes {TAKES[name]}, and {dataset.name} has none; use "
+                f"{' or '.join(fit)}."
+            )
+    if "autoencoder" in names and len(names) > 1:
+        raise Unusable(
+            f"--model {' '.join(names)}: the losses of autoencoder and of a classifier have no "
+            "common target; run autoencoder alone."
+        )
 
 
 def notes(settings: Settings, edge: bool) -> str:
@@ -190,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=100)
     errors = Console(stderr=True)
     try:
-        dataset = load(flags.dataset)
+        dataset = load(dataset_name(flags))
         if flags.smoke:
             dataset = _part(dataset)
         settings = settle(flags, dataset)
@@ -211,11 +272,11 @@ def _run(
     about = provenance()
     about["command"] = " ".join(["python -m experiments.quickstart", *argv])
     console.print(f"{settings.dataset} on {about['device']}, jax {jax.__version__}")
-    comparisons = [search(settings, Task(dataset, name), console) for name in settings.models]
-    score = "test\nacc. %" if dataset.kind == "classification" else "test\nRMSE"
-    for comparison in comparisons:
-        title = f"{comparison.model} ({comparison.parameters:,} parameters) on {settings.dataset}"
-        console.print(table(comparison, score, title))
+    tasks = [Task(dataset, name) for name in settings.models]
+    comparisons = [search(settings, task, console) for task in tasks]
+    for task, comparison in zip(tasks, comparisons, strict=True):
+        title = f"{task.model} ({comparison.parameters:,} parameters) on {settings.dataset}"
+        console.print(table(comparison, USUAL[task.kind].score, title))
     edge = any(trial.at_edge for comparison in comparisons for trial in comparison.trials)
     console.print(notes(settings, edge), style="dim", highlight=False)
     document = {
@@ -234,8 +295,9 @@ def _run(
 
 
 def _part(dataset: Dataset) -> Dataset:
-    train = tuple(array[:2000] for array in dataset.train)
-    test = tuple(array[:500] for array in dataset.test)
+    size = LENGTH if dataset.kind == "language" else 1
+    train = tuple(array[: 2000 * size] for array in dataset.train)
+    test = tuple(array[: 500 * size] for array in dataset.test)
     return dataclasses.replace(dataset, train=train, test=test)
 
 

@@ -1,6 +1,7 @@
 """The training loop: one run of one method at one learning rate and seed, timed step by step."""
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -16,44 +17,91 @@ from jaxtyping import PRNGKeyArray
 import curvax as cx
 from curvax import _tree
 from experiments import models
-from experiments.data import Arrays, Dataset, batches
+from experiments.data import Arrays, Dataset, batches, windows
 from experiments.recipes import Telemetry, Trainer
 
 # Weight of the past in the smoothed loss: it looks back over about ten steps.
 SMOOTHING = 0.9
 _EVALUATED_AT_ONCE = 1000
+# Tokens in a window of a text, and the most windows that a model is evaluated on.
+LENGTH = 64
+_WINDOWS_EVALUATED = 512
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """A data set, and the model that is trained on it. The objective follows from the data."""
+    """A data set, and the model that is trained on it. The objective follows from both."""
 
     dataset: Dataset
     model: str
 
     @property
+    def kind(self) -> str:
+        """The kind of the data set, but "reconstruction" where its images are reproduced."""
+        return "reconstruction" if self.model == "autoencoder" else self.dataset.kind
+
+    @functools.cached_property
+    def train(self) -> Arrays:
+        """Inputs and targets to train on."""
+        return self._examples(self.dataset.train)
+
+    @functools.cached_property
+    def test(self) -> Arrays:
+        """Inputs and targets to evaluate on: of a text at most 512 windows, spread over it."""
+        examples = self._examples(self.dataset.test)
+        if self.kind != "language":
+            return examples
+        apart = math.ceil(len(examples[0]) / _WINDOWS_EVALUATED)
+        return tuple(array[::apart] for array in examples)
+
+    def _examples(self, split: Arrays) -> Arrays:
+        if self.kind == "language":
+            return windows(split[0], LENGTH)
+        if self.kind == "reconstruction":
+            images, numbers = split[0], self.dataset.metadata
+            pixels = np.clip(images * numbers["std"] + numbers["mean"], 0, 1)
+            return images, pixels.reshape(len(pixels), -1)
+        return split
+
+    @property
     def outputs(self) -> int:
-        if self.dataset.kind == "classification":
+        """The size of the last axis of the model's outputs."""
+        if self.kind == "classification":
             return int(self.dataset.metadata["classes"])
-        return self.dataset.train[1].shape[-1]
+        if self.kind == "language":
+            return len(self.dataset.vocabulary)
+        return self.train[1].shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """The number of outputs for one example."""
+        return self.outputs * (LENGTH if self.kind == "language" else 1)
 
     @property
     def objective(self) -> cx.Objective:
-        classifies = self.dataset.kind == "classification"
-        loss = cx.SoftmaxCrossEntropy() if classifies else cx.SquaredError()
-        return cx.Objective(lambda model, x: model(x), loss)
+        return cx.Objective(lambda model, x: model(x), _LOSSES[self.kind])
 
     def init(self, key: PRNGKeyArray) -> eqx.Module:
-        return models.build(self.model, self.dataset.train[0].shape[1:], self.outputs, key=key)
+        return models.build(self.model, self.train[0].shape[1:], self.outputs, key=key)
+
+
+_LOSSES = {
+    "classification": cx.SoftmaxCrossEntropy(),
+    "language": cx.SoftmaxCrossEntropy(),
+    "reconstruction": cx.SigmoidCrossEntropy(),
+    "regression": cx.SquaredError(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What one run gave: training loss of each step's batch before the step, and its seconds.
 
-    `score` is the accuracy on the test set, or for regression the root mean squared error in units
-    of the target's standard deviation. A run that met a loss that is not finite stops there, and
-    has `diverged`. `skipped` counts the steps that the method did not take.
+    `score` is measured on the test set: for classification the accuracy; for regression the root
+    mean squared error in units of the target's standard deviation; for reconstruction that of a
+    pixel between 0 and 1; for language the mean loss of a token in nats. A run that met a loss that
+    is not finite stops there, and has `diverged`. `skipped` counts the steps that the method did
+    not take.
     """
 
     learning_rate: float
@@ -102,7 +150,7 @@ def compile_seconds(trainer: Trainer, task: Task, batch_size: int) -> float:
     model = task.init(key)
     state = trainer.init(model, 0.0)
     start = time.perf_counter()
-    for batch in batches(task.dataset.train, batch_size, seed=0, steps=trainer.phases + 1):
+    for batch in batches(task.train, batch_size, seed=0, steps=trainer.phases + 1):
         model, state, _ = trainer(model, state, batch, key)
     jax.block_until_ready(state)
     return time.perf_counter() - start
@@ -131,7 +179,7 @@ def train(
     losses: list[jax.Array] = []
     seconds: list[float] = []
     diverged = False
-    for step, batch in enumerate(batches(task.dataset.train, batch_size, seed=seed, steps=steps)):
+    for step, batch in enumerate(batches(task.train, batch_size, seed=seed, steps=steps)):
         step_key = jax.random.fold_in(key, step)
         start = time.perf_counter()
         model, state, telemetry = trainer(model, state, batch, step_key)
@@ -163,12 +211,9 @@ def _readings(telemetry: Telemetry, seconds: list[float]) -> dict[str, float]:
 
 def evaluate(model: Any, task: Task) -> float:
     """The score on the test set; see `Run`."""
-    classifies = task.dataset.kind == "classification"
-    total, events = 0.0, 0
-    for part in _chunks(task.dataset.test):
-        total += float(_score(model, part, classifies))
-        events += len(part[0])
-    return total / events if classifies else math.sqrt(total / events)
+    total = sum(float(_score(model, part, task.kind)) for part in _chunks(task.test))
+    mean = total / task.test[1].size
+    return mean if task.kind in ("classification", "language") else math.sqrt(mean)
 
 
 def _chunks(arrays: Arrays) -> list[Arrays]:
@@ -177,9 +222,13 @@ def _chunks(arrays: Arrays) -> list[Arrays]:
 
 
 @eqx.filter_jit
-def _score(model: Callable[[Any], jax.Array], part: Arrays, classifies: bool) -> jax.Array:
+def _score(model: Callable[[Any], jax.Array], part: Arrays, kind: str) -> jax.Array:
     x, target = part
     outputs = jax.vmap(model)(jnp.asarray(x))
-    if classifies:
+    if kind == "classification":
         return jnp.sum(jnp.argmax(outputs, -1) == target)
+    if kind == "language":
+        return jnp.sum(_LOSSES[kind].value(outputs, jnp.asarray(target)))
+    if kind == "reconstruction":
+        outputs = jax.nn.sigmoid(outputs)
     return jnp.sum((outputs - target) ** 2)

@@ -3,12 +3,14 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import data, quickstart
+from experiments.plots import style
 from experiments.summary import Trial
-from experiments.training import Run, smooth
+from experiments.training import LENGTH, Run, Task, evaluate, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -24,7 +26,11 @@ def images(train=400, test=100):
         return pixels.astype(np.float32), labels
 
     return data.Dataset(
-        "fashion-mnist", "classification", split(train), split(test), metadata={"classes": 3}
+        "fashion-mnist",
+        "classification",
+        split(train),
+        split(test),
+        metadata={"classes": 3, "mean": 0.4, "std": 0.5},
     )
 
 
@@ -38,9 +44,17 @@ def columns(train=400, test=100):
     return data.Dataset("yacht", "regression", split(train), split(test))
 
 
+def letters(train=2200, test=40 * LENGTH):
+    """A text in which every letter follows from the one before."""
+    split = lambda size: (np.arange(size, dtype=np.int32) % 5,)
+    return data.Dataset(
+        "tinyshakespeare", "language", split(train), split(test), vocabulary=b"abcde"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _small_data(monkeypatch):
-    made = {"fashion-mnist": images(), "yacht": columns()}
+    made = {"fashion-mnist": images(), "yacht": columns(), "tinyshakespeare": letters()}
     monkeypatch.setattr(quickstart, "load", made.__getitem__)
     monkeypatch.setenv("COLUMNS", "100")
 
@@ -107,6 +121,71 @@ def test_regression_adds_egn(tmp_path, capsys):
     assert "RMSE" in capsys.readouterr().out
 
 
+def test_the_language_model_trains(tmp_path, capsys):
+    document = run(tmp_path, "--task", "lm", "--methods", "adam")
+    assert document["settings"]["dataset"] == "tinyshakespeare"
+    assert document["settings"]["models"] == ["transformer"]
+    assert document["settings"]["batch_size"] == 32
+    for one in document["comparisons"][0]["runs"]:
+        assert one["losses"][-1] < one["losses"][0]
+        assert 0 < one["score"] < 2 * math.log(5)
+    assert "nats" in capsys.readouterr().out
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(PNG)
+
+
+def test_the_language_model_is_run_with_methods_that_suit_it():
+    flags = quickstart.parser().parse_args(["--dataset", "tinyshakespeare"])
+    settings = quickstart.settle(flags, letters())
+    assert (settings.methods, settings.models) == (("adam", "ggn_cg"), ("transformer",))
+
+
+def test_the_transformer_sees_no_later_token():
+    task = Task(letters(), "transformer")
+    model = task.init(jax.random.key(0))
+    ids = task.train[0][0]
+    changed = np.where(np.arange(LENGTH) < 10, ids, 0)
+    before, after = model(ids), model(changed)
+    assert before.shape == (LENGTH, 5) and before.dtype == np.float32
+    np.testing.assert_allclose(before[:10], after[:10], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(before[10:], after[10:], atol=1e-2)
+
+
+def test_the_score_of_a_text_is_that_of_windows_spread_over_it():
+    task = Task(letters(test=1300 * LENGTH + 1), "transformer")
+    assert task.test[0].shape == task.test[1].shape == (434, LENGTH)
+    np.testing.assert_array_equal(task.test[0][:, 1:], task.test[1][:, :-1])
+    uniform = lambda ids: np.zeros((LENGTH, 5), np.float32)
+    assert evaluate(uniform, task) == pytest.approx(math.log(5), rel=1e-5)
+
+
+def test_the_autoencoder_reproduces_pixels():
+    task = Task(images(), "autoencoder")
+    model = task.init(jax.random.key(0))
+    x, pixels = batch = tuple(array[:4] for array in task.train)
+    assert x.shape == (4, 8, 8) and pixels.shape == (4, 64) and task.rows == 64
+    assert task.train[1].min() == 0 and task.train[1].max() == 1  # the images go beyond both
+    params, objective = task.objective.bind(model)
+    assert objective.check(params, batch).shape == (4, 64)
+    # Sigmoids of zero are grey, and an image is one event.
+    grey = lambda x: np.zeros(64, np.float32)
+    wanted = math.sqrt(((task.test[1] - 0.5) ** 2).mean())
+    assert evaluate(grey, task) == pytest.approx(wanted, rel=1e-5)
+    assert 0.5 < float(objective.value(params, batch)) / (64 * math.log(2)) < 2
+
+
+def test_the_autoencoder_runs_alone(tmp_path, capsys):
+    document = run(tmp_path, "--model", "autoencoder", "--methods", "adam", "--no-plot")
+    assert document["comparisons"][0]["rows"][0]["score"] < 1
+    assert "RMSE" in capsys.readouterr().out
+
+
+def test_a_new_recipe_needs_no_more_than_its_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(quickstart.RECIPES, "another", quickstart.RECIPES["adam"])
+    document = run(tmp_path, "--model", "mlp", "--methods", "adam", "another")
+    assert [row["method"] for row in document["comparisons"][0]["rows"]] == ["adam", "another"]
+    assert len({style(method) for method in quickstart.RECIPES}) == len(quickstart.RECIPES)
+
+
 def test_a_run_that_diverges_is_shown_as_such(tmp_path, capsys, monkeypatch):
     grid = quickstart.RECIPES["adam"]
     wild = type(grid)(grid.build, (0.0, 1e38, 2e38), grid.settings)
@@ -122,6 +201,11 @@ def test_a_run_that_diverges_is_shown_as_such(tmp_path, capsys, monkeypatch):
     ("flags", "message"),
     [
         (["--dataset", "yacht", "--model", "cnn"], "--model cnn: it takes images"),
+        (["--task", "lm", "--model", "mlp"], "--model mlp: it takes numbers"),
+        (["--model", "transformer"], "--model transformer: it takes text, and fashion-mnist"),
+        (["--model", "mlp", "autoencoder"], "run autoencoder alone"),
+        (["--task", "lm", "--dataset", "yacht"], "it is not for --task lm; use tinyshakespeare"),
+        (["--task", "lm", "--batch-size", "35"], "tinyshakespeare has 34 examples"),
         (["--batch-size", "500"], "--batch-size 500: fashion-mnist has 400 examples"),
         (["--methods", "ggn_direct"], "parameters, and dense curvature is for at most"),
     ],
@@ -132,7 +216,14 @@ def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--steps", "0"], ["--methods", "sgd"], ["--dataset", "mnist"], ["--seeds", "-1"]]
+    "flags",
+    [
+        ["--steps", "0"],
+        ["--methods", "sgd"],
+        ["--dataset", "mnist"],
+        ["--seeds", "-1"],
+        ["--task", "rl"],
+    ],
 )
 def test_flags_that_make_no_sense(flags, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -164,7 +255,16 @@ def test_help(capsys):
         quickstart.main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for part in ("--dataset", "--model", "--methods", "--seeds", "--smoke", "default", "examples:"):
+    for part in (
+        "--task",
+        "--dataset",
+        "--model",
+        "--methods",
+        "--seeds",
+        "--smoke",
+        "default",
+        "examples:",
+    ):
         assert part in printed
 
 
