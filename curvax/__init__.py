@@ -58,13 +58,13 @@ from curvax.plan import Plan as Plan
 from curvax.plan import Requirement as Requirement
 from curvax.preconditioners import AbstractPreconditioner as AbstractPreconditioner
 from curvax.preconditioners import DiagonalPreconditioner as DiagonalPreconditioner
+from curvax.scalings import RMS as RMS
 from curvax.scalings import AbstractScaling as AbstractScaling
 from curvax.scalings import AsIs as AsIs
 from curvax.scalings import Grafted as Grafted
 from curvax.scalings import KLClip as KLClip
 from curvax.scalings import Orthogonalised as Orthogonalised
 from curvax.scalings import QuadraticModel as QuadraticModel
-from curvax.scalings import RMS as RMS
 from curvax.solvers import CG as CG
 from curvax.solvers import Eigh as Eigh
 from curvax.solvers import RowSpace as RowSpace

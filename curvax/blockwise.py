@@ -34,12 +34,13 @@ from curvax.plan import (
     Requirement,
 )
 from curvax.plan.moments import BlockMoments, Recipe, slot_of
-from curvax.refresh import FactorMemory, first_factor, invert, refresh
+from curvax.refresh import FactorMemory, first_factor, invert, refresh, weight_of_past
 from curvax.scalings import AbstractScaling, AsIs, Context
 from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock
 from curvax.transform import (
     Method,
     SecondOrderState,
+    bound_objective,
     gain_ratio,
     measure_when,
     no_metrics,
@@ -49,8 +50,9 @@ from curvax.transform import (
 
 
 class KroneckerMemory(NamedTuple):
-    """The factors of one Kronecker block. `refreshed` is the step of the last refresh, −1 before the
-    first."""
+    """The factors of one Kronecker block. `refreshed` is the step of the last refresh, −1
+    before the first.
+    """
 
     input: FactorMemory
     output: FactorMemory
@@ -82,12 +84,17 @@ Memory = dict[str, Any]
 
 
 class AbstractBlockPreconditioner(eqx.Module):
-    """Curvature by blocks, as state."""
+    """Curvature by blocks, as state: what is observed, what is kept of it, and its inverse.
+
+    `recipe` says which blocks there are. The state is a dict by the path of a block's leaf; its
+    structure, shapes and dtypes must stay what `init` made them.
+    """
 
     recipe: eqx.AbstractVar[Recipe]
 
     @abc.abstractmethod
-    def requirements(self) -> tuple[Requirement, ...]: ...
+    def requirements(self) -> tuple[Requirement, ...]:
+        """The quantities it wants, and when."""
 
     @abc.abstractmethod
     def init(self, blocks: tuple[Block, ...], params: Params) -> Memory:
@@ -114,7 +121,11 @@ class AbstractBlockPreconditioner(eqx.Module):
 
 
 class AbstractFactorDamping(eqx.Module):
-    """How a damping λ of a Kronecker product is shared out between its factors."""
+    """How a damping λ of a Kronecker product is shared out between its factors.
+
+    (G + γ_G I) ⊗ (A + γ_A I) stands in for G ⊗ A + λI. What a subclass returns must be positive,
+    also for factors that are zero; factors are stacks, and shifts have one entry for each matrix.
+    """
 
     @abc.abstractmethod
     def shifts(
@@ -124,12 +135,12 @@ class AbstractFactorDamping(eqx.Module):
 
     @abc.abstractmethod
     def diagonal(self, damping: Scalar, entries: Array) -> Array:
-        """What to add to a diagonal block."""
+        """What to add to a diagonal block, or to the second moments of EK-FAC."""
 
 
 class FactoredTikhonov(AbstractFactorDamping):
     """π√λ to A and √λ/π to G, with π² the ratio of their mean eigenvalues (Martens & Grosse 2015,
-    section 6.3). λ has the units of the curvature.
+    section 6.3). λ has the units of the curvature, so that it scales with the loss.
     """
 
     def shifts(self, damping: Scalar, input: Any, output: Any) -> tuple[Array, Array]:
@@ -165,6 +176,13 @@ class _Factors(AbstractBlockPreconditioner):
     stagger: eqx.AbstractVar[int]
     decay: eqx.AbstractVar[float]
     split: eqx.AbstractVar[AbstractFactorDamping]
+
+    def __check_init__(self):
+        for name in ("refresh_every", "stagger"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1.")
+        if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
+            raise ValueError(f"decay: got {self.decay}, wanted a number in [0, 1).")
 
     def _slots(self) -> list[tuple[BlockMoments, int]]:
         """The quantity of each slot, and the step of a cycle that it is due on."""
@@ -245,7 +263,7 @@ class _Factors(AbstractBlockPreconditioner):
     def _diagonal(self, memory: DiagonalMemory, moment: Array) -> DiagonalMemory:
         if self.recipe.fisher == "forward_only":
             return memory
-        past = jnp.minimum(self.decay, 1 - 1 / (memory.updates + 1)).astype(moment.dtype)
+        past = weight_of_past(self.decay, memory.updates, moment.dtype)
         old = memory.entries
         entries = (past * old + (1 - past) * moment).astype(old.dtype)
         ok = jnp.all(jnp.isfinite(entries))
@@ -267,7 +285,11 @@ class _Factors(AbstractBlockPreconditioner):
 
 
 class KroneckerPreconditioner(_Factors):
-    """(A + γ_A I)⁻¹ and (G + γ_G I)⁻¹ on the two sides of the gradient (Martens & Grosse 2015)."""
+    """(A + γ_A I)⁻¹ and (G + γ_G I)⁻¹ on the two sides of the gradient (Martens & Grosse 2015).
+
+    **Arguments:** `recipe`; `refresh_every`, `stagger`, `decay` and `split` as of
+    [`kfac`][curvax.methods.kfac.kfac].
+    """
 
     recipe: Recipe = eqx.field(static=True)
     refresh_every: int = eqx.field(static=True)
@@ -334,6 +356,9 @@ class KroneckerPreconditioner(_Factors):
 class EigenPreconditioner(_Factors):
     """The inverse of second moments, measured in the eigenbasis of the Kronecker factors (George et
     al. 2018). The factors are refreshed as in K-FAC, the moments one step later in the new basis.
+
+    **Arguments:** as of [`KroneckerPreconditioner`][curvax.KroneckerPreconditioner]; the recipe's
+    factors are full (`rank=None`).
     """
 
     recipe: Recipe = eqx.field(static=True)
@@ -436,9 +461,7 @@ class EigenPreconditioner(_Factors):
         due = observation.due(quantity)
         if due is not False:
             measured = lambda: self._measured(memory, observation[quantity])
-            memory = (
-                measured() if due is True else jax.lax.cond(due, measured, lambda: memory)
-            )
+            memory = measured() if due is True else jax.lax.cond(due, measured, lambda: memory)
         return super().update(memory, blocks, observation, damping, count)
 
     def _measured(self, memory: Memory, moments: Any) -> Memory:
@@ -446,7 +469,7 @@ class EigenPreconditioner(_Factors):
         for path, each in memory.items():
             if not isinstance(each, EigenMemory):
                 continue
-            past = jnp.minimum(self.decay, 1 - 1 / (each.updates + 1)).astype(each.scales.dtype)
+            past = weight_of_past(self.decay, each.updates, each.scales.dtype)
             scales = past * each.scales + (1 - past) * moments[path].rotated
             ready = jnp.all(jnp.isfinite(scales)) & (each.input.updates[0] > 0)
             new[path] = each._replace(
@@ -498,7 +521,8 @@ def precondition(
 
     def init(params: Params) -> SecondOrderState:
         zero = lambda: jnp.zeros((), jnp.int32)
-        blocks = blocks_of(params, objective)
+        _check_unmasked("init", params)
+        blocks = blocks_of(params, bound_objective.get() or objective)
         return SecondOrderState(
             count=zero(),
             level=damping.init(),
@@ -536,8 +560,7 @@ def precondition(
                 curvature_batch,
                 bases(state),
             )
-        if is_masked_tree(updates):
-            raise ValueError("update: K-FAC blocks under optax.masked are not supported yet.")
+        _check_unmasked("update", updates)
         level = damping.at(state.level, state.count)
         x = observation.objective.example(observation.batch).x
         blocks = preconditioner.recipe.blocks(observation.objective, observation.params, x)[1]
@@ -561,9 +584,7 @@ def precondition(
             radius_used=_f32(level.radius),
             finite=finite,
         )
-        new = state._replace(
-            level=level, solution=scaled, preconditioner=memory, metrics=metrics
-        )
+        new = state._replace(level=level, solution=scaled, preconditioner=memory, metrics=metrics)
         accepted = jnp.asarray(True)
         if damping.every is not None and not observation.judged_later:
             due = observation.due(gain)
@@ -572,7 +593,9 @@ def precondition(
             measure = lambda: gain_ratio(observation, operator, updates, step)
             new, accepted = method.judge(new, measure_when(due, measure), due)
         new = skip(finite, new, state, metrics)
-        taken = _tree.where(finite & accepted, direction, _tree.zeros_like(direction))
+        taken = direction
+        if not observation.judged_later:  # a fused step leaves out the whole update
+            taken = _tree.where(finite & accepted, direction, _tree.zeros_like(direction))
         return _tree.cast(taken, updates if params is None else params), new
 
     method = Method(cast(Any, init), cast(Any, update))
@@ -588,6 +611,11 @@ def never() -> Int[Array, ""]:
     return jnp.full((), -1, jnp.int32)
 
 
+def _check_unmasked(where: str, tree: Any) -> None:
+    if is_masked_tree(tree):
+        raise ValueError(f"{where}: K-FAC blocks under optax.masked are not supported yet.")
+
+
 def _check_blocks(blocks: tuple[Block, ...], memory: Memory) -> None:
     here, there = {block.path for block in blocks}, set(memory)
     if here != there:
@@ -599,5 +627,3 @@ def _check_blocks(blocks: tuple[Block, ...], memory: Memory) -> None:
 
 def _f32(x: Any) -> Float[Array, ""]:
     return jnp.asarray(x).astype(jnp.float32)
-
-

@@ -63,18 +63,20 @@ def first_factor(form: Form, stack: int, dtype: Any, seed: int) -> FactorMemory:
     return FactorMemory(factor, inverse, count(), count())
 
 
+def weight_of_past(decay: Any, updates: Int[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """In a moving average that is corrected for its start: min(decay, 1 − 1/t) at the t-th update,
+    after t − 1 `updates` (Martens & Grosse 2015, section 5).
+    """
+    return jnp.minimum(jnp.asarray(decay, dtype), 1 - 1 / (updates + 1).astype(dtype))
+
+
 def refresh(
     memories: Sequence[FactorMemory], moments: Sequence[Moment], decay: float
 ) -> list[FactorMemory]:
-    """The factors after their moments came in; inverses stay as they are.
-
-    The moving average is corrected for its start: the weight of the past is
-    min(decay, 1 − 1/t) at the t-th refresh (Martens & Grosse 2015, section 5).
-    """
+    """The factors after their moments came in; inverses stay as they are."""
 
     def one(memory: FactorMemory, moment: Moment) -> FactorMemory:
-        past = jnp.minimum(decay, 1 - 1 / (memory.updates + 1))
-        past = past.astype(moment.trace.dtype)
+        past = weight_of_past(decay, memory.updates, moment.trace.dtype)
         factor = _averaged(memory.factor, moment, past)
         ok = _finite_each(factor)
         new = memory._replace(factor=_pick(ok, factor, memory.factor))
@@ -86,9 +88,7 @@ def refresh(
     return _batched(one, memories, moments)
 
 
-def invert(
-    memories: Sequence[FactorMemory], shifts: Sequence[Float[Array, " stack"]]
-) -> list[FactorMemory]:
+def invert(memories: Sequence[FactorMemory], shifts: Sequence[Array]) -> list[FactorMemory]:
     """The factors with damped inverses anew; a shift that is not enough is raised."""
 
     def one(memory: FactorMemory, shift: Array) -> FactorMemory:
@@ -160,9 +160,7 @@ def _orthonormal(b: Array) -> Array:
 
 def _right_solve(b: Array, lower: Array) -> Array:
     """B L⁻ᵀ."""
-    return jax.lax.linalg.triangular_solve(
-        lower, b, left_side=False, lower=True, transpose_a=True
-    )
+    return jax.lax.linalg.triangular_solve(lower, b, left_side=False, lower=True, transpose_a=True)
 
 
 def _escalate(
@@ -204,7 +202,7 @@ def _batched(function: Any, memories: Sequence[FactorMemory], others: Sequence[A
     """`function` on all memories, those of equal form together in one stack."""
     groups: dict[Any, list[int]] = {}
     for i, memory in enumerate(memories):
-        shapes = tuple(leaf.shape[1:] + (leaf.dtype,) for leaf in jax.tree.leaves(memory))
+        shapes = tuple((*leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(memory))
         groups.setdefault((jax.tree.structure(memory), shapes), []).append(i)
     results: list[Any] = [None] * len(memories)
     for members in groups.values():

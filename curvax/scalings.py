@@ -23,7 +23,12 @@ from curvax.taps.blocks import Block, DiagonalBlock
 
 
 class Context(NamedTuple):
-    """What a scaling may look at, besides the direction."""
+    """What a scaling may look at, besides the direction.
+
+    `gradient` is what came down the Optax chain; `observation` has the quantities that the scaling
+    asked for; `damping` is λ of this step; `blocks` say which leaves belong together, and with
+    `curvax.operators.kronecker.arrange` as which matrices.
+    """
 
     gradient: Params
     params: Params
@@ -33,7 +38,11 @@ class Context(NamedTuple):
 
 
 class AbstractScaling(eqx.Module):
-    """Turns a preconditioned gradient into the direction of a step, with the gradient's sign."""
+    """Turns a preconditioned gradient into the direction of a step, with the gradient's sign.
+
+    A subclass gives `apply`, and where it needs them `requirements` and `init`. The state must keep
+    its structure, shapes and dtypes.
+    """
 
     def requirements(self) -> tuple[Requirement, ...]:
         """The quantities it wants."""
@@ -50,7 +59,7 @@ class AbstractScaling(eqx.Module):
 
 
 class AsIs(AbstractScaling):
-    """No scaling: the natural gradient."""
+    """No scaling: the natural gradient, whose length follows from the damping alone."""
 
     def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
         del context
@@ -58,12 +67,18 @@ class AsIs(AbstractScaling):
 
 
 class KLClip(AbstractScaling):
-    """The direction d, shortened so that gᵀd ≤ `limit`².
+    """The direction d = F⁻¹g, shortened so that dᵀFd ≤ `limit`².
 
-    As d = F⁻¹g, gᵀd = dᵀFd is twice the change of the predictions in KL divergence that a step of
-    length 1 makes, to second order; a step of learning rate η then changes them by at most
-    ½ η² limit² nats an event, however small the damping (Ba et al. 2017, section 5; Pauloski et
-    al. 2021). `always` makes the direction as long as the limit allows, also where it is shorter.
+    dᵀFd (which is gᵀd before it is shortened) is twice the change of the predictions in KL
+    divergence that a step of length 1 makes, to second order; a step of learning rate η then
+    changes them by at most ½ η² limit² nats an event, however small the damping (Ba et al. 2017,
+    section 5; Pauloski et al. 2021).
+
+    **Arguments:**
+
+    - `limit`: in square roots of nats. With a loss that is not a negative log likelihood it is in
+      square roots of the loss's own unit.
+    - `always`: makes the direction as long as the limit allows also where it is shorter.
     """
 
     limit: ScalarLike = 1.0
@@ -72,7 +87,9 @@ class KLClip(AbstractScaling):
     def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
         square = jnp.maximum(_tree.dot(direction, context.gradient), 0)
         length = jnp.sqrt(square)
-        factor = self.limit / jnp.maximum(length, jnp.finfo(length.dtype).tiny)
+        factor = jnp.asarray(self.limit, length.dtype) / jnp.maximum(
+            length, jnp.finfo(length.dtype).tiny
+        )
         factor = jnp.where(length > 0, factor, 1.0)
         if not self.always:
             factor = jnp.minimum(factor, 1.0)
@@ -80,7 +97,11 @@ class KLClip(AbstractScaling):
 
 
 class RMS(AbstractScaling):
-    """Each leaf scaled to a root mean square of 1: the size of an Adam step."""
+    """Each leaf scaled to a root mean square of 1, the size of an Adam step: Adam's learning rates fit.
+
+    The lengths that the preconditioner gave to the leaves are lost, their directions kept. `eps` is
+    added to the mean square, so that a direction of zero stays zero.
+    """
 
     eps: float = 1e-30
 
@@ -89,16 +110,20 @@ class RMS(AbstractScaling):
 
         def leaf(d: Array) -> Array:
             wide = d.astype(_tree.accumulation_dtype(d.dtype))
-            return (d * jax.lax.rsqrt(jnp.mean(jnp.square(wide)) + self.eps).astype(d.dtype)).astype(
-                d.dtype
-            )
+            return (
+                d * jax.lax.rsqrt(jnp.mean(jnp.square(wide)) + self.eps).astype(d.dtype)
+            ).astype(d.dtype)
 
         return jax.tree.map(leaf, direction), state
 
 
 class Grafted(AbstractScaling):
     """Each leaf scaled to the norm of what another transformation makes of the gradient
-    (Agarwal et al. 2020), for instance `optax.scale_by_adam()`, whose state is kept here.
+    (Agarwal et al. 2020).
+
+    **Arguments:** `magnitude`, such as `optax.scale_by_adam()`: its learning rates then fit. Its
+    state, for Adam two copies of the parameters, is kept here. It sees the gradient alone, no extra
+    arguments.
     """
 
     magnitude: optax.GradientTransformation = eqx.field(static=True)
@@ -118,13 +143,18 @@ class Grafted(AbstractScaling):
 
 
 class Orthogonalised(AbstractScaling):
-    """Each matrix replaced by the nearest semi-orthogonal one, of root mean square 1 for a square
-    matrix; leaves without a matrix (and embeddings) are scaled to a root mean square of 1.
+    """Each matrix replaced by the nearest semi-orthogonal one, times a number that makes its root
+    mean square about 1; leaves without a matrix (and embeddings) are scaled to just that.
 
-    By five Newton-Schulz steps in bfloat16-safe coefficients (Jordan et al. 2024, Muon); a matrix
-    of m × n is scaled by √max(1, m/n)·√n, so that one learning rate serves all shapes and both
-    kinds of leaf. A momentum before the orthogonalisation, as in Muon, is this scaling's own
-    state: `optax.trace` can only come after.
+    By Newton-Schulz iteration (Jordan et al. 2024, Muon). A semi-orthogonal m × n matrix has a root
+    mean square of 1/√max(m, n), and is multiplied by √max(m, n), so that one learning rate, of the
+    size of Adam's, serves all shapes and both kinds of leaf.
+
+    **Arguments:**
+
+    - `momentum`: Nesterov's, before the orthogonalisation as in Muon, and so a state of this
+      scaling: `optax.trace` could only come after. One copy of the parameters.
+    - `steps`: of the iteration. After five, singular values lie between about 0.7 and 1.2.
     """
 
     momentum: float = 0.95
@@ -158,7 +188,7 @@ class Orthogonalised(AbstractScaling):
 
 
 class QuadraticState(NamedTuple):
-    """The last step δ, and the coefficients (α, μ) that it was made with."""
+    """The last step δ, the coefficients (α, μ) of it, and how many steps there were."""
 
     last: Params
     coefficients: Float[Array, "2"]
@@ -169,8 +199,12 @@ class QuadraticModel(AbstractScaling):
     """δ = α d + μ δ₋₁ with the α and μ that minimise the quadratic model of the objective on the
     batch, m(δ) = gᵀδ + ½ δᵀ(A + λI)δ (Martens & Grosse 2015, sections 6.4 and 7).
 
-    Two products with the Jacobian and a 2 × 2 solve each step; use a learning rate of 1, and no
-    momentum of Optax's.
+    Give the chain a learning rate of 1 and no momentum of its own: both are chosen here.
+
+    **Arguments:** `curvature`: A, as a quantity of the plan.
+
+    **State:** one copy of the parameters. **Cost:** two products with A and a 2 × 2 solve in each
+    step.
     """
 
     curvature: AbstractCurvatureQuantity = GaussNewtonCurvature()
@@ -190,7 +224,9 @@ class QuadraticModel(AbstractScaling):
         images = [operator.mv(v) for v in basis]
         dtype = _tree.accumulation_dtype(_tree.common_dtype(direction))
         damping = context.damping.astype(dtype)
-        entry = lambda i, j: _tree.dot(basis[i], images[j]) + damping * _tree.dot(basis[i], basis[j])
+        entry = lambda i, j: (
+            _tree.dot(basis[i], images[j]) + damping * _tree.dot(basis[i], basis[j])
+        )
         matrix = jnp.asarray([[entry(i, j) for j in range(2)] for i in range(2)], dtype)
         slopes = jnp.asarray([_tree.dot(v, context.gradient) for v in basis], dtype)
         # Scaled to a unit diagonal, so that one direction may be tiny; zero stays out.
@@ -206,7 +242,7 @@ class QuadraticModel(AbstractScaling):
 def newton_schulz(matrices: Array, steps: int) -> Array:
     """U Vᵀ of U Σ Vᵀ, roughly: singular values end between about 0.7 and 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
+    x = matrices.astype(_tree.accumulation_dtype(matrices.dtype))
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
     x = x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)), 1e-30)

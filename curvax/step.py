@@ -14,7 +14,14 @@ from curvax import _tree
 from curvax.objective import Batch, Params, is_array
 from curvax.plan import GainRatio, Observation
 from curvax.plan.plan import Due
-from curvax.transform import Method, Metrics, SecondOrderState, gain_ratio, measure_when
+from curvax.transform import (
+    Method,
+    Metrics,
+    SecondOrderState,
+    bound_objective,
+    gain_ratio,
+    measure_when,
+)
 
 _Static = tuple[Any, tuple[Any, ...]]
 
@@ -57,9 +64,13 @@ class Step:
 
     def init(self, model: PyTree[Any]) -> StepState:
         """The state before the first step. **Raises** `ValueError` if nothing can be trained."""
-        params, _ = self.method.objective.bind(model)
+        params, objective = self.method.objective.bind(model)
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return StepState(count, self.optimizer.init(params), skipped)
+        token = bound_objective.set(objective)
+        try:
+            return StepState(count, self.optimizer.init(params), skipped)
+        finally:
+            bound_objective.reset(token)
 
     def __call__(
         self,

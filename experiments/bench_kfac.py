@@ -33,6 +33,8 @@ from experiments.timing import Timing, provenance
 
 LEARNING_RATE = 1e-3
 CYCLE = 10
+# Steps of a cycle that the refresh is spread over: each is one more executable to compile.
+STAGGER = {"gpt2": 4, "resnet": 2}
 MIB = 2**20
 SECTIONS = ("cpu", "gpt2", "resnet50")
 
@@ -64,7 +66,7 @@ def kfac_step(model: Model, batch: Any, variant: Variant) -> cx.Step:
             rank=variant.rank,
             refresh_every=CYCLE,
             fisher="empirical",
-            stagger=4,
+            stagger=STAGGER.get(model.name.split("-")[0], 1),
         )
     optimizer = optax.chain(method, optax.trace(0.9), optax.scale_by_learning_rate(LEARNING_RATE))
     return cx.make_step(optimizer, method, donate=True)

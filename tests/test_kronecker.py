@@ -594,7 +594,7 @@ def test_inverse_as_a_preconditioner_saves_steps():
         made = None if kind is None else build(kind, it.objective, it.params, it.batch)
         value, count = solve(made)
         steps.append(int(count))
-        jax.tree.map(lambda a, b: close(a, b, rtol=1e-4, atol=1e-5), value, exact)
+        jax.tree.map(lambda a, b: close(a, b, rtol=1e-3, atol=1e-3), value, exact)
     assert max(steps[1:]) < 0.7 * steps[0], steps
 
 

@@ -30,7 +30,37 @@ def ekfac(
     decay: float = 0.9,
     diagonal: tuple[str, ...] = (),
 ) -> Method:
-    """The inverse of second moments of the gradient in the eigenbasis of the Kronecker factors."""
+    """U_G [(U_Gᵀ ∇W U_A) / (S + γ)] U_Aᵀ for each weight W, in the eigenbases of K-FAC's factors.
+
+    EK-FAC (George et al. 2018): where K-FAC takes the products of the eigenvalues of A and G, S
+    holds the second moments of the gradient, measured along the same axes (eq. 10). Of all
+    matrices with these eigenvectors it is the nearest to the block.
+
+    **Arguments** as of [`kfac`][curvax.methods.kfac.kfac], with these differences:
+
+    - `refresh_every`: factors and their eigenbases are refreshed every so many steps, and S in the
+      step after, in the new basis. Between the two S is the old one, turned into the new basis;
+      before its first measurement it is the product of the eigenvalues.
+    - `fisher`: `"mc"`, `"exact"` or `"empirical"`.
+    - `damping`: enters in every step, as γ, not only at a refresh. Under
+      [`RelativeTikhonov`][curvax.RelativeTikhonov] γ is λ times the mean of S, under
+      [`FactoredTikhonov`][curvax.FactoredTikhonov] it is λ itself: there are no factors to split
+      it between.
+    - `decay`: of the factors, and of S.
+
+    There is no `rank`: an eigenbasis is the point, so factors are full. There is no `stagger`.
+
+    **Returns** an Optax transformation that keeps the sign of the gradient: chain it with
+    `optax.trace(0.9)` and `optax.scale_by_learning_rate`.
+
+    **State:** of an n × n factor two matrices, the average and its eigenvectors, and S, of the size
+    of the weight. **Cost:** between refreshes a gradient and four products with full bases for
+    each weight. A refresh takes an eigendecomposition of each factor, about 9 n³ operations and
+    slow on accelerators; the step after it one more set of backward passes. On wide layers
+    [`kfac`][curvax.methods.kfac.kfac] at low rank is much cheaper.
+
+    **Raises** `ValueError` where [`kfac`][curvax.methods.kfac.kfac] does.
+    """
     recipe = Recipe(None, fisher, samples, sharing, diagonal)
     factors = EigenPreconditioner(recipe, refresh_every, 1, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

@@ -27,7 +27,36 @@ def newton_muon(
     stagger: int = 1,
     diagonal: tuple[str, ...] = (),
 ) -> Method:
-    """A⁻¹ from low-rank, forward-only factors, then an orthogonalised step."""
+    """The orthogonal factor of ∇W (A + γI)⁻¹ for each weight W: Muon in the metric of the inputs.
+
+    Muon replaces the gradient of a matrix by the nearest semi-orthogonal matrix, by a few
+    Newton-Schulz steps (Jordan et al. 2024). Here the gradient is first preconditioned with K-FAC's
+    input factor A (Martens & Grosse 2015, section 4.2), which the forward pass alone gives: no
+    backward pass is added, and nothing is drawn. G is left to the orthogonalisation. Leaves that
+    are no matrix in a product, and embeddings, are scaled to a root mean square of 1.
+
+    **Arguments:**
+
+    - `objective`: what is minimised, made with `example=` a batch or its shapes.
+    - `rank`, `refresh_every`, `decay`, `stagger`, `diagonal`: as of
+      [`kfac`][curvax.methods.kfac.kfac], for A.
+    - `damping`, `split`: what is added to A: under [`RelativeTikhonov`][curvax.RelativeTikhonov] √λ
+      times its mean eigenvalue, which has no unit.
+    - `scaling`: the orthogonalisation, with Muon's momentum before it. Another scaling makes another
+      method; with [`AsIs`][curvax.AsIs] it is a gradient that is preconditioned on one side.
+
+    **Returns** an Optax transformation that keeps the sign of the gradient. The momentum is in the
+    scaling, so chain it with `optax.scale_by_learning_rate` only. Every entry of an update has a
+    size of about 1 before the learning rate, as with Adam, and so are the learning rates.
+
+    **State:** the momentum, one copy of the parameters; of A what [`kfac`][curvax.methods.kfac.kfac]
+    keeps; the output factors are allocated, and never refreshed. **Cost:** besides the gradient one
+    product with A's inverse and, for an m × n weight with m ≤ n, about 4 m² n + 2 m³ operations for
+    each of five Newton-Schulz steps; at a refresh one product for each moment, and a
+    factorisation.
+
+    **Raises** `ValueError` where [`kfac`][curvax.methods.kfac.kfac] does; no key is needed.
+    """
     recipe = Recipe(rank, "forward_only", 1, "expand", diagonal)
     factors = KroneckerPreconditioner(recipe, refresh_every, stagger, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

@@ -170,6 +170,66 @@ def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b.astype(a.dtype), precision=_HIGHEST)
 
 
+def _passes(a: Array, b: Array) -> Array:
+    """A product for applying a factor: on a GPU in three passes of bfloat16.
+
+    A basis that is rounded once (TF32) would leave 1/2000 of what should have been projected out,
+    which is more than what a large eigenvalue leaves of it when it is inverted.
+    """
+    if a.dtype != jnp.float32:
+        return _matmul(a, b)
+    passes = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+    return jax.lax.platform_dependent(
+        a, b, cuda=lambda a, b: jnp.matmul(a, b, precision=passes), default=_matmul
+    )
+
+
+def sandwich(
+    output: "AbstractFactor",
+    v: Float[Array, "stack out in"],
+    input: "AbstractFactor",
+    bias: Float[Array, "stack out 1"] | None = None,
+) -> tuple[Array, Array | None]:
+    """G [V b] A for a stack of matrices V and, if the input side counts a bias, of columns b.
+
+    With low-rank factors γI + QDQᵀ and αI + PEPᵀ it is αγV plus one product of thin matrices: V is
+    read three times and written once. The bias stays apart, as one column more would leave every
+    product without aligned rows.
+    """
+    if not isinstance(output, LowRankFactor) or not isinstance(input, LowRankFactor):
+        whole = v if bias is None else jnp.concatenate([v, bias.astype(v.dtype)], axis=2)
+        whole = jnp.swapaxes(input.mv(jnp.swapaxes(output.mv(whole), 1, 2)), 1, 2)
+        return (whole, None) if bias is None else (whole[..., :-1], whole[..., -1:])
+    q, p = output.basis, input.basis
+    assert q is not None and p is not None
+    v = v.astype(q.dtype)
+    last = None
+    if bias is not None:
+        bias = bias.astype(q.dtype)
+        p, last = p[:, :-1], p[:, -1:]
+    g, a = (tail[:, None, None] for tail in (output.tail, input.tail))
+    eye = lambda core: jnp.eye(core.shape[-1], dtype=core.dtype)[None]
+    inner_g = output.core - g * eye(output.core)
+    inner_a = input.core - a * eye(input.core)
+    across = jnp.swapaxes(q, 1, 2)
+    left, right = _passes(across, v), _passes(v, p)
+    both = _matmul(left, p)
+    left_bias = None
+    if bias is not None and last is not None:
+        left_bias = _matmul(across, bias)
+        right, both = right + bias * last, both + left_bias * last
+    tall = jnp.concatenate([a * q, g * right + _matmul(q, _matmul(inner_g, both))], axis=2)
+
+    def wide(left: Array, p: Array) -> Array:
+        return jnp.concatenate([_matmul(inner_g, left), _matmul(inner_a, p)], axis=1)
+
+    whole = (a * g) * v + _passes(tall, wide(left, jnp.swapaxes(p, 1, 2)))
+    if bias is None or left_bias is None or last is None:
+        return whole, None
+    column = wide(left_bias, jnp.swapaxes(last, 1, 2))
+    return whole, (a * g) * bias + _matmul(tall, column)
+
+
 def _shifted(matrices: Array, shift: Array) -> Array:
     eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     return matrices + shift[:, None, None].astype(matrices.dtype) * eye[None]

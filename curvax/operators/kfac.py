@@ -31,7 +31,8 @@ class AbstractBlockOperator(AbstractSymmetricOperator):
     """A positive semidefinite operator over the parameters, one block for each weight.
 
     Everything below acts block by block, and is exact for the operator itself (unless it says
-    otherwise); what the operator leaves out of the true curvature is another matter.
+    otherwise); what the operator leaves out of the true curvature is another matter. No matrix of
+    the size of a block is formed.
     """
 
     blocks: eqx.AbstractVar[tuple[Block, ...]]
@@ -72,6 +73,7 @@ class AbstractBlockOperator(AbstractSymmetricOperator):
         return self._map(lambda matrix: matrix.power(-0.5, jnp.asarray(damping)))
 
     def trace(self) -> Scalar:
+        """tr B."""
         return self._sum(lambda matrix: matrix.trace())
 
     def logdet(self, damping: ScalarLike = 0.0) -> Scalar:
@@ -106,16 +108,22 @@ class KroneckerFactored(AbstractBlockOperator):
     bias, a diagonal for every other leaf (Martens & Grosse 2015; Grosse & Martens 2016 for
     convolutions; Eschenhagen et al. 2023 for shared weights). The l2 term is left out.
 
-    **Arguments:** `objective`; `model`: the model, or its trained part; `batch`; a `key` for
-    `fisher="mc"` and for stochastic objectives;
+    **Arguments:**
 
-    - `fisher`: `"exact"`, `"mc"` (`samples` targets drawn for each event), `"empirical"`, or
-      `"forward_only"` (G = I);
-    - `sharing`: `"expand"` or `"reduce"` over positions that share a weight;
+    - `objective`: what is minimised; it needs no `example` here.
+    - `model`: the model, or its trained part.
+    - `batch`: where the curvature lives.
+    - `key`: for `fisher="mc"`, and for stochastic objectives.
+    - `fisher`: `"exact"` (the Gauss-Newton matrix: a backward pass for each output), `"mc"`
+      (`samples` targets drawn for each event), `"empirical"` (the targets of the batch), or
+      `"forward_only"` (G = I).
+    - `samples`: of `"mc"`.
+    - `sharing`: `"expand"` or `"reduce"` over positions that share a weight.
     - `diagonal`: parts of the paths of leaves that are to have a diagonal block.
 
-    No layer is tagged or wrapped: [`sites`][curvax.sites] shows what was found. **Raises**
-    `ValueError` as the objective does for a batch that does not fit.
+    It holds the factors, n² + m² numbers for an m × n weight. No layer is tagged or wrapped:
+    [`sites`][curvax.sites] shows what was found. **Raises** `ValueError` as the objective does for
+    a batch that does not fit, for `fisher="mc"` without a key and for an unknown flavour.
     """
 
     blocks: tuple[Block, ...] = eqx.field(static=True)
@@ -146,9 +154,11 @@ class EigenvalueCorrected(AbstractBlockOperator):
     """EK-FAC: the second moments of the gradient in the eigenbasis of K-FAC's factors (George et
     al. 2018). Of all operators with that eigenbasis the nearest to the block, in Frobenius norm.
 
-    **Arguments** as [`KroneckerFactored`][curvax.KroneckerFactored]. Positions that share a weight
-    are taken as independent (`"expand"`) or as one (`"reduce"`): gradients of the size of a weight
-    are formed for no example. Two passes over the batch.
+    **Arguments** as of [`KroneckerFactored`][curvax.KroneckerFactored], but for
+    `fisher="forward_only"`, which **raises** `ValueError`. Positions that share a weight are taken
+    as independent (`"expand"`) or as one (`"reduce"`): gradients of the size of a weight are formed
+    for no example. Two passes over the batch and an eigendecomposition of each factor; it holds
+    n² + m² + mn numbers for an m × n weight.
     """
 
     blocks: tuple[Block, ...] = eqx.field(static=True)
@@ -203,9 +213,15 @@ class LowRankKronecker(AbstractBlockOperator):
     """K-FAC with factors Q M Qᵀ + τ(I − QQᵀ) of `rank` columns, each with the trace of the full
     factor; nothing n × n is formed.
 
-    **Arguments** as [`KroneckerFactored`][curvax.KroneckerFactored], and `rank`: a share of a
-    factor's size, or a number of columns; `passes` over the batch, each a step of subspace
-    iteration from a random basis (Halko et al. 2011).
+    **Arguments** as of [`KroneckerFactored`][curvax.KroneckerFactored], and
+
+    - `rank`: a share of a factor's size, or a number of columns; small sides are full all the same
+      (see [`kfac`][curvax.methods.kfac.kfac]).
+    - `passes`: over the batch, each a step of subspace iteration from a random basis (Halko et al.
+      2011), by a Nyström approximation (Tropp et al. 2017).
+
+    It holds nk + k² numbers for a side of n at rank k. **Raises** `ValueError` also for a rank or
+    a number of passes out of range.
     """
 
     blocks: tuple[Block, ...] = eqx.field(static=True)
@@ -241,8 +257,8 @@ class LowRankKronecker(AbstractBlockOperator):
                     memories[block.path, side] = memory
         moments: Any = {}
         for _ in range(passes):
-            basis = lambda path, side: getattr(memories[path, side].factor, "basis", None)
-            bases = {path: (basis(path, "input"), basis(path, "output")) for path, _ in memories}
+            held = {name: getattr(m.factor, "basis", None) for name, m in memories.items()}
+            bases = {path: (held[path, "input"], held[path, "output"]) for path, _ in held}
             _, moments = moments_of(
                 objective, params, batch, key, BlockMoments(recipe), lambda _, b=bases: b
             )

@@ -10,18 +10,14 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
+from jaxtyping import Array, Float, Scalar
 
 from curvax import _tree
-from curvax.objective import Batch, Objective, Params, keep_unmasked
-from curvax.operators.base import AbstractSymmetricOperator
+from curvax.objective import Params
 from curvax.operators.factors import (
     AbstractFactor,
-    DenseFactor,
-    DiagonalFactor,
-    LowRankFactor,
     Spectrum,
+    sandwich,
 )
 from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock
 
@@ -62,7 +58,12 @@ class Product(AbstractBlockMatrix):
     input: AbstractFactor
 
     def mv(self, v: Matrices) -> Matrices:
-        return jnp.swapaxes(self.input.mv(jnp.swapaxes(self.output.mv(v), 1, 2)), 1, 2)
+        return self.apply(v, None)[0]
+
+    def apply(self, v: Matrices, bias: Array | None) -> tuple[Matrices, Array | None]:
+        """The product with a weight and its bias, apart."""
+        dtype = self.output.trace().dtype
+        return sandwich(self.output, v.astype(dtype), self.input, bias)
 
     def inverse(self, damping: Scalar, how: DampedInverse) -> AbstractBlockMatrix:
         if how == "exact":
@@ -100,8 +101,8 @@ class Rotated(AbstractBlockMatrix):
     to it. A basis None is the identity.
     """
 
-    output_basis: Float[Array, "stack out k"] | None
-    input_basis: Float[Array, "stack in l"] | None
+    output_basis: Float[Array, "stack out rows"] | None
+    input_basis: Float[Array, "stack in_ columns"] | None
     scales: Float[Array, "stack rows columns"]
 
     @property
@@ -117,25 +118,25 @@ class Rotated(AbstractBlockMatrix):
         dtype = v.dtype
         v = v.astype(self.scales.dtype)
         u, w = self.output_basis, self.input_basis
-        k, l = (
+        rows, columns = (
             side if basis is None else basis.shape[2]
             for side, basis in zip(v.shape[1:], (u, w), strict=True)
         )
         left = _rows(u, v, back=False)
         core = _columns(w, left, back=False)
         open_left, open_right = self._open
-        result = self.scales[:, :k, :l] * core
+        result = self.scales[:, :rows, :columns] * core
         if not open_left and not open_right:
             return _rows(u, _columns(w, result, back=True), back=True).astype(dtype)
         total = jnp.zeros_like(v)
         if open_right:
             # In the output's basis, orthogonal to the input's.
-            scale = self.scales[:, :k, -1:]
+            scale = self.scales[:, :rows, -1:]
             result = result - scale * core
             total = total + _rows(u, scale * left, back=True)
         if open_left:
             right = _columns(w, v, back=False)
-            scale = self.scales[:, -1:, :l]
+            scale = self.scales[:, -1:, :columns]
             result = result - scale * core
             total = total + _columns(w, right * scale, back=True)
         if open_left and open_right:
@@ -168,7 +169,9 @@ class Rotated(AbstractBlockMatrix):
         return jnp.sum(self.scales * self._counts()[None])
 
     def logdet(self, damping: Scalar) -> Scalar:
-        return jnp.sum(jnp.log(self.scales + jnp.asarray(damping, self.scales.dtype)) * self._counts()[None])
+        return jnp.sum(
+            jnp.log(self.scales + jnp.asarray(damping, self.scales.dtype)) * self._counts()[None]
+        )
 
     def square_norm(self) -> Scalar:
         return jnp.sum(jnp.square(self.scales) * self._counts()[None])
@@ -216,21 +219,34 @@ def tikhonov(
 
 
 def arrange(block: KroneckerBlock, leaves: list[Array]) -> Matrices:
-    """The gradient (or any vector) of a block as a stack of matrices."""
+    """The gradient (or any vector) of a block as a stack of matrices, its bias the last column."""
+    weight, bias = take_apart(block, leaves)
+    return weight if bias is None else jnp.concatenate([weight, bias.astype(weight.dtype)], axis=-1)
+
+
+def take_apart(block: KroneckerBlock, leaves: list[Array]) -> tuple[Matrices, Array | None]:
+    """The weight of a block as (stack, out, in), and its bias as (stack, out, 1)."""
     matrix = block.view.apply(leaves[block.leaf])
     matrix = matrix.reshape(-1, *matrix.shape[-2:])
     if block.bias is None or block.bias_view is None:
-        return matrix
-    bias = block.bias_view.apply(leaves[block.bias]).astype(matrix.dtype)
-    return jnp.concatenate([matrix, bias.reshape(*matrix.shape[:2], 1)], axis=-1)
+        return matrix, None
+    bias = block.bias_view.apply(leaves[block.bias])
+    return matrix, bias.reshape(*matrix.shape[:2], 1)
 
 
 def disarrange(block: KroneckerBlock, matrix: Matrices, leaves: list[Array]) -> dict[int, Array]:
     """The leaves of a block from its matrices; what the block does not see is zero."""
-    weight = matrix
+    if block.bias is None:
+        return put_back(block, matrix, None, leaves)
+    return put_back(block, matrix[..., :-1], matrix[..., -1:], leaves)
+
+
+def put_back(
+    block: KroneckerBlock, weight: Matrices, bias: Array | None, leaves: list[Array]
+) -> dict[int, Array]:
+    """The leaves of a block from its weight and its bias."""
     parts: dict[int, Array] = {}
-    if block.bias is not None and block.bias_view is not None:
-        weight, bias = matrix[..., :-1], matrix[..., -1]
+    if block.bias is not None and block.bias_view is not None and bias is not None:
         struct = _tree.structure(leaves[block.bias])
         shape = jax.eval_shape(block.bias_view.apply, struct).shape
         parts[block.bias] = block.bias_view.transposed(bias.reshape(shape), struct)
@@ -249,9 +265,10 @@ def apply_blocks(
     for block, matrix in zip(blocks, matrices, strict=True):
         if isinstance(block, DiagonalBlock):
             parts = {block.leaf: matrix.mv(leaves[block.leaf])}
+        elif isinstance(matrix, Product):
+            parts = put_back(block, *matrix.apply(*take_apart(block, leaves)), leaves)
         else:
-            arranged = arrange(block, leaves)
-            parts = disarrange(block, matrix.mv(arranged), leaves)
+            parts = disarrange(block, matrix.mv(arrange(block, leaves)), leaves)
         for leaf, part in parts.items():
             before = results[leaf]
             part = part.astype(leaves[leaf].dtype)

@@ -78,6 +78,10 @@ class BlockMoments(AbstractQuantity):
     def tapped(self) -> bool:
         return True
 
+    @property
+    def from_start(self) -> bool:
+        return not self.rotated
+
     def mine(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
         """The blocks of this slot."""
         kept = tuple(b for b in blocks if isinstance(b, KroneckerBlock)) if self.rotated else blocks
@@ -97,7 +101,9 @@ def slot_of(block: Block, blocks: tuple[Block, ...], slots: int) -> int:
     def work(block: Block) -> int:
         if not isinstance(block, KroneckerBlock):
             return 1
-        return block.stack * sum(form.size * max(form.rank, 1) for form in (block.input, block.output))
+        return block.stack * sum(
+            form.size * max(form.rank, 1) for form in (block.input, block.output)
+        )
 
     loads = [0] * slots
     for each in sorted(blocks, key=lambda b: (-work(b), b.path)):
@@ -117,6 +123,7 @@ class TappedScope:
     def __init__(self, scope: Scope, quantities: tuple[BlockMoments, ...]):
         first = quantities[0]
         self._scope, self._recipe = scope, first.recipe
+        scope.objective.check(scope.params, scope.batch, scope.key)
         x = scope.objective.example(scope.batch).x
         closed, self.all_blocks = first.recipe.blocks(scope.objective, scope.params, x)
         self.blocks = tuple(b for q in quantities for b in q.mine(self.all_blocks))
@@ -163,12 +170,13 @@ class TappedScope:
 
 def _check_bases(blocks: tuple[Block, ...], bases: Any) -> None:
     for block in blocks:
-        if isinstance(block, KroneckerBlock) and block.path not in bases:
-            if "sketch" in (block.input.kind, block.output.kind):
-                raise ValueError(
-                    f"{block.path}: a low-rank factor is sketched in the basis that the "
-                    "optimizer's state holds: pass state=…, the state of the method, to observe."
-                )
+        if not isinstance(block, KroneckerBlock) or block.path in bases:
+            continue
+        if "sketch" in (block.input.kind, block.output.kind):
+            raise ValueError(
+                f"{block.path}: a low-rank factor is sketched in the basis that the "
+                "optimizer's state holds: pass state=…, the state of the method, to observe."
+            )
 
 
 def moments_of(
@@ -184,5 +192,3 @@ def moments_of(
     scope.bases = bases
     tapped = TappedScope(scope, (quantity,))
     return tapped.all_blocks, tapped.moments
-
-

@@ -85,7 +85,7 @@ class Entry(eqx.Module):
         if any(every == 1 for every, _ in self.cadences):
             return True
         dues = [count % every == offset for every, offset in self.cadences]
-        if self.quantity.tapped:
+        if self.quantity.from_start:
             dues.append(count == 0)
         if isinstance(count, int):
             return any(dues)

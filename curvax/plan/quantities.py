@@ -156,6 +156,11 @@ class AbstractQuantity(eqx.Module):
         """Whether it comes from taps in the step's own forward and backward pass."""
         return False
 
+    @property
+    def from_start(self) -> bool:
+        """Whether it is due on the very first step, too, whatever its offset."""
+        return False
+
     @abc.abstractmethod
     def compute(self, scope: Scope) -> PyTree[Array]:
         """Its value, from the intermediates of the scope."""

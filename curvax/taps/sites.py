@@ -17,9 +17,17 @@ from curvax.taps.blocks import Block, DiagonalBlock, Form, find_blocks
 class Site:
     """One parameter leaf: what it is used as, and the block that it belongs to.
 
-    `block` is the path of the block's weight; `factors` the forms of its input and output factor,
-    None for a diagonal block; `reason` why a block is diagonal, if that is a fallback; `bytes` of
-    the block's factors, and `flops` of one preconditioned gradient, both counted at the weight.
+    - `path`, `shape`: of the leaf.
+    - `kind`: `dense`, `conv` or `embedding` for a weight, `bias` for what is a part of a weight's
+      block, `scale` or `shift` for what is used elementwise, several joined by ` + ` for a leaf
+      with several uses, `?` for a use that was not understood.
+    - `block`: the path of the block's weight.
+    - `stack`: how many matrices the leaf holds (layers that are scanned over, groups, heads).
+    - `positions`: how often an example uses it (times, places, tokens).
+    - `factors`: the forms of its input and output factor, None for a diagonal block.
+    - `reason`: why a block is diagonal, if that is a fallback; else empty.
+    - `bytes`: of the block's factors, and `flops` of one preconditioned gradient, both counted at
+      the weight.
     """
 
     path: str
@@ -36,7 +44,10 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Sites:
-    """The sites of a model, in the order of its leaves; printed as a table."""
+    """The sites of a model, in the order of its leaves; printed as a table.
+
+    `sites[path]` is that of one leaf.
+    """
 
     sites: tuple[Site, ...]
 
@@ -88,9 +99,16 @@ def sites(
 ) -> Sites:
     """Every parameter leaf of a model: how it is used, and which block it goes to.
 
-    **Arguments:** `objective`; `model`, or its trained part; `batch`, or its shapes; `rank` and
-    `diagonal` as of [`kfac`][curvax.methods.kfac]. Nothing is computed. Print the result for a
-    table; `fallbacks` has the leaves that fell back to a diagonal.
+    **Arguments:**
+
+    - `objective`: what is minimised; it needs no `example` here.
+    - `model`: the model, or its trained part.
+    - `batch`: a batch, or its shapes.
+    - `rank`, `diagonal`: as of [`kfac`][curvax.methods.kfac.kfac]; by default factors are full.
+
+    **Returns** the sites in the order of the leaves. Print them for a table; `fallbacks` has the
+    leaves that fell back to a diagonal. Nothing is computed: the model is traced on the shapes of
+    one example. **Raises** `ValueError` for a batch that is no batch of this objective.
     """
     params, objective = objective.bind(model)
     x = objective.example(batch).x
@@ -133,9 +151,7 @@ def _site(block: Block, leaf: int, leaves: list[Any], paths: list[str]) -> Site:
             )
         )
     nbytes = numbers * dtype.itemsize
-    return Site(
-        paths[leaf], shape, kind, owner, stack, positions, factors, reason, nbytes, flops
-    )
+    return Site(paths[leaf], shape, kind, owner, stack, positions, factors, reason, nbytes, flops)
 
 
 def _flops(form: Form, columns: int) -> int:
