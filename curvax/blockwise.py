@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike
 
 from curvax import _tree
 from curvax.damping import AbstractDamping, as_damping
-from curvax.objective import Batch, Objective, Params, is_masked_tree
+from curvax.objective import Batch, Objective, Params, bound_objective, is_masked_tree
 from curvax.operators.factors import AbstractFactor, DiagonalFactor
 from curvax.operators.kronecker import (
     AbstractBlockMatrix,
@@ -40,7 +40,6 @@ from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock
 from curvax.transform import (
     Method,
     SecondOrderState,
-    bound_objective,
     gain_ratio,
     measure_when,
     no_metrics,
@@ -522,7 +521,7 @@ def precondition(
     def init(params: Params) -> SecondOrderState:
         zero = lambda: jnp.zeros((), jnp.int32)
         _check_unmasked("init", params)
-        blocks = blocks_of(params, bound_objective.get() or objective)
+        blocks = blocks_of(params, bound_objective() or objective)
         return SecondOrderState(
             count=zero(),
             level=damping.init(),

@@ -4,7 +4,9 @@ Everything that curvax derives (gradients, curvature products, statistics) is de
 [`Objective`][curvax.Objective], and every scale is declared here, once.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -471,6 +473,26 @@ class Objective(eqx.Module):
             return jax.vmap(lambda u: self.pull_back_example(params, x, u, key))(cotangents)
 
         return jax.vmap(one, (0, 1, 0))(x, cotangents, self.example_keys(x, key))
+
+
+_bound: ContextVar[Objective | None] = ContextVar("bound", default=None)
+
+
+@contextlib.contextmanager
+def binding(objective: Objective) -> Iterator[None]:
+    """Lets `init` of a transformation, which sees parameters alone, know what a model has besides:
+    the functions and sizes of the one that its state is made for.
+    """
+    token = _bound.set(objective)
+    try:
+        yield
+    finally:
+        _bound.reset(token)
+
+
+def bound_objective() -> Objective | None:
+    """The objective of the surrounding `binding`, if there is one."""
+    return _bound.get()
 
 
 def _without_masked(example: Example) -> Example:

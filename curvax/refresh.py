@@ -42,6 +42,9 @@ class FactorMemory(NamedTuple):
 def first_factor(form: Form, stack: int, dtype: Any, seed: int) -> FactorMemory:
     """A zero factor whose inverse is the identity, before the first refresh."""
     count = lambda: jnp.zeros((stack,), jnp.int32)
+    if form.kind == "none":
+        ones = DiagonalFactor(jnp.ones((stack, form.size), dtype))
+        return FactorMemory(ones, ones, count(), count())
     if form.kind == "diagonal":
         return FactorMemory(
             DiagonalFactor(jnp.zeros((stack, form.size), dtype)),

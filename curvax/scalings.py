@@ -97,7 +97,7 @@ class KLClip(AbstractScaling):
 
 
 class RMS(AbstractScaling):
-    """Each leaf scaled to a root mean square of 1, the size of an Adam step: Adam's learning rates fit.
+    """Each leaf scaled to a root mean square of 1, the size of an Adam step: its rates fit.
 
     The lengths that the preconditioner gave to the leaves are lost, their directions kept. `eps` is
     added to the mean square, so that a direction of zero stays zero.

@@ -11,14 +11,13 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from curvax import _tree
-from curvax.objective import Batch, Params, is_array
+from curvax.objective import Batch, Params, binding, is_array
 from curvax.plan import GainRatio, Observation
 from curvax.plan.plan import Due
 from curvax.transform import (
     Method,
     Metrics,
     SecondOrderState,
-    bound_objective,
     gain_ratio,
     measure_when,
 )
@@ -66,11 +65,8 @@ class Step:
         """The state before the first step. **Raises** `ValueError` if nothing can be trained."""
         params, objective = self.method.objective.bind(model)
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        token = bound_objective.set(objective)
-        try:
+        with binding(objective):
             return StepState(count, self.optimizer.init(params), skipped)
-        finally:
-            bound_objective.reset(token)
 
     def __call__(
         self,

@@ -1,7 +1,6 @@
 """Curvature, damping, preconditioner and solver, composed into an Optax transformation."""
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -20,10 +19,6 @@ from curvax.plan import AbstractCurvatureQuantity, GainRatio, Observation, Plan,
 from curvax.plan.describe import describe
 from curvax.preconditioners import AbstractPreconditioner
 from curvax.solvers import CG, RowSpace, StopReason, row_factor
-
-# The objective bound to the model whose state a fused step is about to make: `init` of an Optax
-# transformation sees the parameters alone, not the functions and sizes that a model has besides.
-bound_objective: ContextVar[Objective | None] = ContextVar("bound_objective", default=None)
 
 
 class Metrics(NamedTuple):

@@ -1,6 +1,7 @@
 """K-FAC's operators on their own: against dense references, and exact where theory says so."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -48,7 +49,7 @@ class Network:
         draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
         self.params = [
             (draw(m, n) / math.sqrt(n), draw(m) / 3 if biases else None)
-            for n, m in zip(sizes[:-1], sizes[1:], strict=True)
+            for n, m in itertools.pairwise(sizes)
         ]
         targets = {
             "softmax": lambda: jnp.asarray(rng.integers(sizes[-1], size=size)),
@@ -99,9 +100,7 @@ def mlp(**options) -> Network:
 
 
 def kron(network, change=lambda g, a: (g, a)):
-    return network.scatter(
-        [oracles.kronecker_dense(*change(r.g, r.a)) for r in network.reference]
-    )
+    return network.scatter([oracles.kronecker_dense(*change(r.g, r.a)) for r in network.reference])
 
 
 @pytest.fixture
@@ -193,7 +192,7 @@ OPERATORS: dict[str, Any] = {
     "forward_only": ("KroneckerFactored", {"fisher": "forward_only"}),
     "ekfac": ("EigenvalueCorrected", {}),
     "low_rank": ("LowRankKronecker", {"rank": 2, "passes": 1}),
-    "low_rank_inputs": ("LowRankKronecker", {"rank": 3, "passes": 1}),  # the last output is held whole
+    "low_rank_inputs": ("LowRankKronecker", {"rank": 3, "passes": 1}),
     "low_rank_forward": ("LowRankKronecker", {"rank": 2, "passes": 1, "fisher": "forward_only"}),
 }
 
@@ -323,9 +322,7 @@ def test_leaves_of_several_dtypes():
         for pair in zip(params, dtypes, strict=True)
     ]
     back = lambda params: jax.tree.map(lambda a: a.astype(jnp.float64), params)
-    objective = cx.Objective(
-        lambda p, x: it.predict(back(p), x), cx.SoftmaxCrossEntropy()
-    )
+    objective = cx.Objective(lambda p, x: it.predict(back(p), x), cx.SoftmaxCrossEntropy())
     operator = build(cx.KroneckerFactored, objective, cast(it.params), it.batch)
     got = operator.mv(cast(it.params))
     expected = small_sides("KroneckerFactored").mv(it.params)

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import data, quickstart
 from experiments.plots import style
+from experiments.recipes import RECIPES, Setting
 from experiments.summary import Trial
 from experiments.training import LENGTH, Run, Task, evaluate, smooth
 
@@ -115,10 +116,35 @@ def test_the_convnet_trains(tmp_path):
 
 
 def test_regression_adds_egn(tmp_path, capsys):
-    document = run(tmp_path, "--dataset", "yacht", "--batch-size", "32", "--no-plot")
-    assert document["settings"]["methods"] == ["adam", "ggn_cg", "newton_cg", "egn"]
-    assert document["settings"]["models"] == ["mlp"]
+    flags = quickstart.parser().parse_args(["--dataset", "yacht", "--batch-size", "32"])
+    usual = ("adam", "ggn_cg", "newton_cg", "kfac", "kfac_full", "ekfac")
+    settings = quickstart.settle(flags, columns())
+    assert (settings.methods, settings.models) == ((*usual, "egn"), ("mlp",))
+    run(tmp_path, "--dataset", "yacht", "--batch-size", "32", "--methods", "egn", "--no-plot")
     assert "RMSE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "newton_muon"])
+def test_factored_methods_train(method, tmp_path):
+    document = run(tmp_path, "--dataset", "yacht", "--methods", method, "--no-plot")
+    for one in document["comparisons"][0]["runs"]:
+        assert one["losses"][-1] < one["losses"][0]
+        assert one["skipped"] == 0
+        assert one["state_bytes"] > 0
+
+
+def test_the_learning_rate_falls_to_zero_over_the_run():
+    task = Task(columns(), "mlp")
+    trainer = RECIPES["adam"].build(Setting(task.objective, steps=4))
+    model = task.init(jax.random.key(0))
+    state = trainer.init(model, 1.0)
+    lengths = []
+    for _ in range(5):
+        new, state, _ = trainer(model, state, task.train, jax.random.key(0))
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), new, model)
+        lengths.append(max(jax.tree.leaves(moved)))
+    # At the same parameters every step of Adam has a length of 1.
+    np.testing.assert_allclose(lengths, [1, 0.853553, 0.5, 0.146447, 0], atol=1e-3)
 
 
 def test_the_language_model_trains(tmp_path, capsys):
@@ -136,7 +162,8 @@ def test_the_language_model_trains(tmp_path, capsys):
 def test_the_language_model_is_run_with_methods_that_suit_it():
     flags = quickstart.parser().parse_args(["--dataset", "tinyshakespeare"])
     settings = quickstart.settle(flags, letters())
-    assert (settings.methods, settings.models) == (("adam", "ggn_cg"), ("transformer",))
+    assert settings.methods == ("adam", "kfac", "newton_muon")
+    assert settings.models == ("transformer",)
 
 
 def test_the_transformer_sees_no_later_token():

@@ -149,7 +149,8 @@ def test_what_is_not_finite_leaves_its_matrix_as_it_was(kind, bad):
     for part in (0, 2):
         cut = lambda tree, part=part: jax.tree.map(lambda leaf: leaf[part], tree)
         same(cut(new), cut(good))
-    same(jax.tree.map(lambda leaf: leaf[1], new[:2]), jax.tree.map(lambda leaf: leaf[1], memory[:2]))
+    second = lambda tree: jax.tree.map(lambda leaf: leaf[1], tree)
+    same(second(new[:2]), second(memory[:2]))
     assert new.updates.tolist() == [2, 1, 2] and new.failures.tolist() == [0, 1, 0]
     # An inverse that fails keeps the one from before.
     shift = jnp.asarray([0.1, np.nan, 0.1])
@@ -199,8 +200,9 @@ def test_a_shift_that_is_not_enough_is_raised(dtype):
 def test_batched_is_one_by_one():
     kinds = ["full", "sketch", "full", "diagonal", "sketch", "diagonal", "full"]
     stacks = [1, 2, 3, 1, 1, 2, 1]
-    memories = [start(k, seed=i, stack=s) for i, (k, s) in enumerate(zip(kinds, stacks, strict=True))]
-    moments = [moment_of(m, psd(i)[:s]) for i, (m, s) in enumerate(zip(memories, stacks, strict=True))]
+    numbered = list(enumerate(zip(kinds, stacks, strict=True)))
+    memories = [start(k, seed=i, stack=s) for i, (k, s) in numbered]
+    moments = [moment_of(memories[i], psd(i)[:s]) for i, (_, s) in numbered]
     shifts = [jnp.full(s, 0.1 + i) for i, s in enumerate(stacks)]
     together = compiled_invert(compiled_refresh(memories, moments, 0.9), shifts)
     for i, memory in enumerate(together):

@@ -61,6 +61,8 @@ def ekfac(
 
     **Raises** `ValueError` where [`kfac`][curvax.methods.kfac.kfac] does.
     """
+    if fisher == "forward_only":
+        raise ValueError("fisher: got 'forward_only', wanted a flavour that sees gradients.")
     recipe = Recipe(None, fisher, samples, sharing, diagonal)
     factors = EigenPreconditioner(recipe, refresh_every, 1, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

@@ -67,8 +67,9 @@ def kfac(
       listens to the gain ratio costs one forward pass and one product with J when it looks. λ
       enters the inverses when a block is refreshed, not between.
     - `split`: how λ is shared out between A and G.
-      [`RelativeTikhonov`][curvax.RelativeTikhonov] has no unit, and so needs no tuning for the scale
-      of the loss; with [`FactoredTikhonov`][curvax.FactoredTikhonov] λ is added to the curvature.
+      [`RelativeTikhonov`][curvax.RelativeTikhonov] has no unit, and so needs no tuning for the
+      scale of the loss; with [`FactoredTikhonov`][curvax.FactoredTikhonov] λ is added to the
+      curvature.
     - `scaling`: what is made of the preconditioned gradient.
       [`KLClip`][curvax.KLClip] bounds how far a step moves the predictions, which the damping
       alone does not.

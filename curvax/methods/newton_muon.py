@@ -42,18 +42,19 @@ def newton_muon(
       [`kfac`][curvax.methods.kfac.kfac], for A.
     - `damping`, `split`: what is added to A: under [`RelativeTikhonov`][curvax.RelativeTikhonov] √λ
       times its mean eigenvalue, which has no unit.
-    - `scaling`: the orthogonalisation, with Muon's momentum before it. Another scaling makes another
-      method; with [`AsIs`][curvax.AsIs] it is a gradient that is preconditioned on one side.
+    - `scaling`: the orthogonalisation, with Muon's momentum before it. Another scaling makes
+      another method; with [`AsIs`][curvax.AsIs] it is a gradient that is preconditioned on one
+      side.
 
     **Returns** an Optax transformation that keeps the sign of the gradient. The momentum is in the
     scaling, so chain it with `optax.scale_by_learning_rate` only. Every entry of an update has a
     size of about 1 before the learning rate, as with Adam, and so are the learning rates.
 
-    **State:** the momentum, one copy of the parameters; of A what [`kfac`][curvax.methods.kfac.kfac]
-    keeps; the output factors are allocated, and never refreshed. **Cost:** besides the gradient one
-    product with A's inverse and, for an m × n weight with m ≤ n, about 4 m² n + 2 m³ operations for
-    each of five Newton-Schulz steps; at a refresh one product for each moment, and a
-    factorisation.
+    **State:** the momentum, one copy of the parameters; of A what
+    [`kfac`][curvax.methods.kfac.kfac] keeps; the output factors are allocated, and never refreshed.
+    **Cost:** besides the gradient one product with A's inverse and, for an m × n weight with m ≤ n,
+    about 4 m² n + 2 m³ operations for each of five Newton-Schulz steps; at a refresh one product
+    for each moment, and a factorisation.
 
     **Raises** `ValueError` where [`kfac`][curvax.methods.kfac.kfac] does; no key is needed.
     """

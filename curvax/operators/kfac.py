@@ -262,18 +262,18 @@ class LowRankKronecker(AbstractBlockOperator):
             _, moments = moments_of(
                 objective, params, batch, key, BlockMoments(recipe), lambda _, b=bases: b
             )
-            given = [getattr(moments[path], side) for path, side in memories]
+            measured = {name: getattr(moments[name[0]], name[1]) for name in memories}
+            measured = {name: moment for name, moment in measured.items() if moment is not None}
             # A decay of zero: each pass forgets the one before, but for the basis.
-            updated = refresh(list(memories.values()), given, 0.0)
-            memories = dict(zip(memories, updated, strict=True))
+            old = [memories[name] for name in measured]
+            updated = refresh(old, list(measured.values()), 0.0)
+            memories |= dict(zip(measured, updated, strict=True))
         matrices = []
         for block in self.blocks:
             if isinstance(block, DiagonalBlock):
                 matrices.append(Entries(moments[block.path]))
                 continue
             input, output = (memories[block.path, side].factor for side, _ in _forms(block))
-            if fisher == "forward_only":
-                output = _identity(output.size, output.trace())
             matrices.append(Product(output, input))
         self.matrices = tuple(matrices)
         self.structure = _structure(params)
@@ -295,10 +295,9 @@ def _matrix(block: Block, moments: Any, fisher: FisherKind) -> AbstractBlockMatr
         ones = fisher == "forward_only"
         return Entries(jnp.ones_like(moments) if ones else moments)
     input = _factor(moments.input)
-    output = _factor(moments.output)
-    if fisher == "forward_only":
-        output = _identity(output.size, output.trace())
-    return Product(output, input)
+    if moments.output is None:
+        return Product(_identity(block.output.size, input.trace()), input)
+    return Product(_factor(moments.output), input)
 
 
 def _factor(moment: Moment) -> AbstractFactor:

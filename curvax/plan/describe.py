@@ -1,6 +1,6 @@
 """A plan in words and numbers, like a database's EXPLAIN: before the first step, nothing run."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from curvax import _tree
 from curvax._jaxpr import cost
 from curvax._tables import table
-from curvax.objective import Batch, Objective, Params
+from curvax.objective import Batch, Objective, Params, binding
 from curvax.plan.plan import Entry
 from curvax.plan.quantities import (
     AbstractCurvatureQuantity,
@@ -30,13 +30,16 @@ def describe(
     params, objective = method.objective.bind(model)
     objective.check(params, batch, key)
     key = jax.random.key(0) if key is None else key
+    with binding(objective):
+        state = jax.eval_shape(method.init, params)
     gradient = _cost(lambda p, k: jax.value_and_grad(objective.value)(p, batch, k), params, key)
     rows: list[tuple[str, ...]] = [
         ("quantity", "wanted by", "every", "FLOPs / gradient", "bytes / gradient"),
         ("value and gradient", "step", "1", "1.00", "1.00"),
     ]
     for entry in method.plan.entries:
-        rows.extend(_entry_rows(entry, objective, params, batch, key, gradient))
+        case = _Case(method, objective, params, batch, key, state, gradient)
+        rows.extend(_entry_rows(entry, case))
     lines = [
         f"one gradient: {gradient[0] / 1e6:.3g} MFLOP, {gradient[1] / 1e6:.3g} MB moved "
         "(before fusion)",
@@ -45,20 +48,44 @@ def describe(
         "",
         *table(rows),
         "",
-        *_state_lines(method, params),
+        *_state_lines(method, objective, params, state),
     ]
     return "\n".join(lines)
 
 
-def _entry_rows(
-    entry: Entry,
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    key: PRNGKeyArray,
-    gradient: tuple[float, float],
-) -> list[tuple[str, ...]]:
-    quantity = entry.quantity
+class _Case(NamedTuple):
+    """What costs are counted for."""
+
+    method: "Method"
+    objective: Objective
+    params: Params
+    batch: Batch
+    key: PRNGKeyArray
+    state: Any
+    gradient: tuple[float, float]
+
+    def cost(self, quantity: AbstractQuantity | None, then: Any = None) -> tuple[float, float]:
+        """FLOPs and bytes of the gradient with a quantity, and of a function of the latter."""
+
+        def compute(params: Params, key: PRNGKeyArray, state: Any) -> Any:
+            scope = Scope(
+                self.objective,
+                params,
+                self.batch,
+                key,
+                gradient_from_hessian=isinstance(quantity, HessianCurvature),
+                taps=(quantity,) if quantity is not None and quantity.tapped else (),
+                bases=None if self.method.bases is None else self.method.bases(state),
+            )
+            value = None if quantity is None else quantity.compute(scope)
+            result = value if then is None else then(value, params)
+            return scope.value, scope.gradient, result
+
+        return _cost(compute, self.params, self.key, self.state)
+
+
+def _entry_rows(entry: Entry, case: _Case) -> list[tuple[str, ...]]:
+    quantity, gradient = entry.quantity, case.gradient
     every = ", ".join(
         f"{every}" + (f" (+{offset})" if offset else "") for every, offset in entry.cadences
     )
@@ -69,31 +96,18 @@ def _entry_rows(
         return (label, who, how_often, *ratios)
 
     if isinstance(quantity, GainRatio):
-        trial = _cost(lambda p, k: objective.value(p, batch, k), params, key)
+        value = lambda p, k: case.objective.value(p, case.batch, k)
+        trial = _cost(value, case.params, case.key)
         return [row(quantity.label + ", besides one product with J", every, trial)]
-    extra = _cost(lambda p, k: _with_gradient(quantity, objective, p, batch, k), params, key)
-    alone = _cost(lambda p, k: _with_gradient(None, objective, p, batch, k), params, key)
+    extra, alone = case.cost(quantity), case.cost(None)
     more = (max(extra[0] - alone[0], 0.0), max(extra[1] - alone[1], 0.0))
     rows = [row(quantity.label, every, more)]
     if isinstance(quantity, AbstractCurvatureQuantity):
-        operator = lambda p, k: quantity.compute(Scope(objective, p, batch, k))
-        both = _cost(lambda p, k: (lambda a: (a, a.mv(p)))(operator(p, k)), params, key)
-        one = _cost(operator, params, key)
+        operator = lambda p, k: quantity.compute(Scope(case.objective, p, case.batch, k))
+        product = lambda p, k: (lambda a: (a, a.mv(p)))(operator(p, k))
+        both, one = (_cost(f, case.params, case.key) for f in (product, operator))
         rows.append(row("  each product with it", "solve", (both[0] - one[0], both[1] - one[1])))
     return rows
-
-
-def _with_gradient(
-    quantity: AbstractQuantity | None,
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    key: PRNGKeyArray,
-) -> Any:
-    from_hessian = isinstance(quantity, HessianCurvature)
-    scope = Scope(objective, params, batch, key, gradient_from_hessian=from_hessian)
-    value = None if quantity is None else quantity.compute(scope)
-    return scope.value, scope.gradient, value
 
 
 def _cost(function: Any, *args: Any) -> tuple[float, float]:
@@ -104,16 +118,27 @@ def _cost(function: Any, *args: Any) -> tuple[float, float]:
 
 
 def _solver_line(method: "Method") -> str:
+    if method.solver is None:
+        return "none: the damped inverse of each block is kept"
     steps = getattr(method.solver, "max_steps", None)
     limit = f", at most {steps} products" if steps else ""
     return f"{type(method.solver).__name__}{limit}"
 
 
-def _state_lines(method: "Method", params: Params) -> list[str]:
-    state = jax.eval_shape(method.init, params)
+def _state_lines(method: "Method", objective: Objective, params: Params, state: Any) -> list[str]:
     param_paths = _tree.paths(params)
     per_leaf: dict[str, int] = dict.fromkeys(param_paths, 0)
+    handled = dict.fromkeys(param_paths, method.curvature.label)
     shared = 0
+    memory: dict[str, Any] = {}
+    if method.blocks is not None:
+        memory = state.preconditioner
+        state = state._replace(preconditioner=None)
+        for block in method.blocks(params, objective):
+            owner = param_paths[block.leaf]
+            per_leaf[owner] += _tree.nbytes(memory[block.path])
+            handled.update({param_paths[leaf]: _handled(block, owner) for leaf in block.leaves})
+            handled[owner] = _handled(block, None)
     for path, leaf in zip(_tree.paths(state), jax.tree.leaves(state), strict=True):
         # The longest: ['z']['w'] ends with ['w'], too.
         owners = [p for p in param_paths if p != "<root>" and path.endswith(p)]
@@ -130,7 +155,7 @@ def _state_lines(method: "Method", params: Params) -> list[str]:
                 f"{leaf.dtype}{list(leaf.shape)}",
                 f"{_tree.nbytes(leaf):,}",
                 f"{per_leaf[path]:,}",
-                method.curvature.label,
+                handled[path],
             )
         )
     total = sum(per_leaf.values()) + shared
@@ -140,3 +165,13 @@ def _state_lines(method: "Method", params: Params) -> list[str]:
         f"state in all: {total:,} bytes ({total / max(_tree.nbytes(params), 1):.2f} × the "
         f"parameters; Adam: 2.00 ×), {shared:,} of them not of any one parameter",
     ]
+
+
+def _handled(block: Any, owner: str | None) -> str:
+    """The block of a leaf, in words."""
+    if owner is not None:
+        return f"the block of {owner}"
+    if hasattr(block, "reason"):
+        fallback = f", FALLBACK: {block.reason}" if block.reason else ""
+        return f"diagonal block ({block.kind}){fallback}"
+    return f"Kronecker block ({block.kind}), {block.input} ⊗ {block.output}"

@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 
 from curvax.objective import Batch, Objective, Params
 from curvax.plan.quantities import AbstractQuantity, Scope
-from curvax.taps.blocks import Block, KroneckerBlock, find_blocks
+from curvax.taps.blocks import Block, KroneckerBlock, find_blocks, input_side
 from curvax.taps.moments import FisherKind, Moments, collect_moments, tapped_pass
 from curvax.taps.statistics import Sharing
 
@@ -50,7 +50,10 @@ class Recipe:
 
     def blocks(self, objective: Objective, params: Params, x: Any) -> tuple[Any, tuple[Block, ...]]:
         """The jaxpr of one example, and the blocks of the parameters."""
-        return find_blocks(objective, params, x, rank=self.rank, diagonal=self.diagonal)
+        closed, blocks = find_blocks(objective, params, x, rank=self.rank, diagonal=self.diagonal)
+        if self.fisher == "forward_only":
+            blocks = tuple(input_side(block) for block in blocks)
+        return closed, blocks
 
 
 class BlockMoments(AbstractQuantity):

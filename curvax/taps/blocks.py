@@ -25,7 +25,7 @@ TILE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How one factor is held: `full`, `sketch` (low rank) or `diagonal`."""
+    """How one factor is held: `full`, `sketch` (low rank), `diagonal`, or `none` (the identity)."""
 
     kind: Kind
     size: int
@@ -45,12 +45,17 @@ class Form:
             columns -= columns % TILE if columns >= 2 * TILE else 0
         return Form("full", size) if columns >= size else Form("sketch", size, columns)
 
+    def __str__(self) -> str:
+        rank = f" at rank {self.rank}" if self.kind == "sketch" else ""
+        prefix = {"diagonal": "diagonal ", "none": "identity "}.get(self.kind, "")
+        return f"{prefix}{self.size}{rank}"
+
     @property
     def numbers(self) -> int:
         """Numbers in one such factor."""
         if self.kind == "sketch":
             return self.size * self.rank + self.rank**2 + 1
-        return self.size ** (2 if self.kind == "full" else 1)
+        return {"full": self.size**2, "diagonal": self.size}.get(self.kind, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,15 @@ class DiagonalBlock:
 
 
 Block = KroneckerBlock | DiagonalBlock
+
+
+def input_side(block: Block) -> Block:
+    """The block without an output factor: the identity stands for it, and nothing is measured."""
+    if isinstance(block, DiagonalBlock):
+        return block
+    uses = tuple(u for u, swapped in zip(block.uses, block.swapped, strict=True) if not swapped)
+    output = Form("none", block.output.size)
+    return dataclasses.replace(block, uses=uses, swapped=(False,) * len(uses), output=output)
 
 
 def find_blocks(
@@ -215,8 +229,8 @@ def _block(
     bias_views = {use.bias for use in uses}
     bias = bias_views.pop() if len(bias_views) == 1 and not any(swapped) else None
     arrangement = frame.arrangement
-    sizes = arrangement.inputs + (bias is not None), arrangement.outputs
-    input, output = Form.of(*sizes, rank), Form.of(*sizes[::-1], rank)
+    inputs, outputs = arrangement.inputs + (bias is not None), arrangement.outputs
+    input, output = Form.of(inputs, outputs, rank), Form.of(outputs, inputs, rank)
     if any(isinstance(use.arrangement, Lookup) for use in uses):
         input = Form("diagonal", arrangement.inputs)
     return KroneckerBlock(

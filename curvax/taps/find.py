@@ -311,7 +311,7 @@ def _from_outside(
         if len(body.eqns) != 1 or not passes or not _is_call(call):
             return None
         body, use = inner, dataclasses.replace(use, path=use.path[2:])
-    eqn = body.eqns[use.path[0]]
+    eqn = body.eqns[max(use.path)]  # which has one entry left
     x, y = eqn.invars[use.x], eqn.outvars[use.y]
     if x not in body.invars or y not in body.outvars:
         return None

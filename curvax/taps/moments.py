@@ -296,6 +296,13 @@ def _block_moments(
             for name, swapped in zip(names, block.swapped, strict=True)
         )
         return BlockMoments(rotated=rotated * scale.astype(rotated.dtype))
+    if block.output.kind == "none":
+        rows = [count * _rows(use, sharing) for use in block.uses]
+        extra = 1 if block.input.kind == "diagonal" else 2
+        parts = [
+            Moment(flat(inputs[name][0], extra), inputs[name][1].reshape(-1)) for name in names
+        ]
+        return BlockMoments(_weighted(parts, [1 / sum(rows)] * len(parts)))
     sides: list[tuple[Moment, Moment]] = []
     for name, use, swapped in zip(names, block.uses, block.swapped, strict=True):
         forms = (block.output, block.input) if swapped else (block.input, block.output)

@@ -53,11 +53,11 @@ for _primitive in (_tap, _tangent):
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, probes: int, **params: Any) -> Any:
-    y, data = primals[0], primals[1 + probes :]
+    data = primals[1 + probes :]
     linear = tangents[: 1 + probes]
     out = _tap.bind(*primals, probes=probes, **params)
     if all(type(t) is ad.Zero for t in linear):
-        return out, ad.Zero.from_primal_value(y)
+        return out, tangents[0]
     linear = [ad.instantiate_zeros(t) for t in linear]
     return out, _tangent.bind(*linear, *data, probes=probes, **params)
 

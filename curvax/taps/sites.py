@@ -69,7 +69,19 @@ class Sites:
         return tuple(site for site in self.sites if site.reason)
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "kind", "block", "stack", "in", "out", "bytes", "FLOPs", "")]
+        heading = (
+            "parameter",
+            "shape",
+            "kind",
+            "block",
+            "stack",
+            "in",
+            "out",
+            "bytes",
+            "FLOPs",
+            "",
+        )
+        rows: list[tuple[str, ...]] = [heading]
         for site in self.sites:
             own = site.block == site.path
             forms = site.factors or (None, None)
@@ -80,7 +92,7 @@ class Sites:
                     site.kind,
                     ("Kronecker" if site.factors else "diagonal") if own else f"with {site.block}",
                     str(site.stack) if own and site.factors else "",
-                    *(_form(form) if own else "" for form in forms),
+                    *(str(form) if own and form else "" for form in forms),
                     f"{site.bytes:,}" if own else "",
                     f"{site.flops:,}" if own else "",
                     f"FALLS BACK TO A DIAGONAL: {site.reason}" if site.reason else "",
@@ -159,11 +171,3 @@ def _flops(form: Form, columns: int) -> int:
         return form.size * columns
     width = 2 * form.rank if form.kind == "sketch" else form.size
     return 2 * form.size * width * columns
-
-
-def _form(form: Form | None) -> str:
-    if form is None:
-        return ""
-    return {"full": f"{form.size}", "diagonal": f"diag {form.size}"}.get(
-        form.kind, f"{form.size} at rank {form.rank}"
-    )
