@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import models
-from experiments.recipes import RECIPES
+from experiments.recipes import RECIPES, Setting
 from experiments.summary import Comparison, Trial
 from experiments.training import Run, Task, compile_seconds, train
 
@@ -48,7 +48,8 @@ def search(settings: Settings, task: Task, console: Console) -> Comparison:
         current = bar.add_task("", total=settings.steps, readings="")
         for name, grid in grids.items():
             bar.reset(current, description=f"{name}: compiling", total=None)
-            trainer = RECIPES[name].build(task.objective, settings.cg_steps)
+            setting = Setting(task.objective, settings.steps, settings.cg_steps)
+            trainer = RECIPES[name].build(setting)
             compiled = compile_seconds(trainer, task, settings.batch_size)
             bar.console.print(f"{model} {name:<13} compiled in {compiled:.1f} s", highlight=False)
             runs = []

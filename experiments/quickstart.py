@@ -48,12 +48,14 @@ class Usual(NamedTuple):
     score: str
 
 
-_METHODS = ("adam", "ggn_cg", "newton_cg")
+_METHODS = ("adam", "ggn_cg", "newton_cg", "kfac", "kfac_full", "ekfac")
 # Adam passes the targets before the end of a default run, but for those of the tables.
 USUAL = {
     "classification": Usual(("mlp", "cnn"), _METHODS, 512, 0.4, "test\nacc. %"),
     "regression": Usual(("mlp",), _METHODS, 512, 0.1, "test\nRMSE"),
-    "language": Usual(("transformer",), ("adam", "ggn_cg"), 32, 2.5, "test loss\nnats"),
+    "language": Usual(
+        ("transformer",), ("adam", "kfac", "newton_muon"), 32, 2.5, "test loss\nnats"
+    ),
     "reconstruction": Usual(("autoencoder",), _METHODS, 512, 260, "test\nRMSE"),
 }
 
@@ -73,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m experiments.quickstart",
         description="Compare Adam with second-order methods on small models: steps and seconds to "
         "a training loss, cost of a step, memory of the optimizer. Each method runs at every "
-        "learning rate of a small grid of its own, and is shown at the one that ends lowest.",
+        "learning rate of a small grid of its own, and is shown at the one that ends lowest; all "
+        "learning rates fall to zero over the run, by a cosine.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -107,9 +110,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--methods",
-        f"any of {', '.join(RECIPES)} (default: adam ggn_cg, for images and tables newton_cg, and "
-        f"egn where a batch has at most {ROWS_LIMIT} outputs); {' and '.join(DENSE)} for at most "
-        f"{DENSE_LIMIT} parameters",
+        f"any of {', '.join(RECIPES)} (default: for images and tables {' '.join(_METHODS)}, and "
+        f"egn where a batch has at most {ROWS_LIMIT} outputs; for lm "
+        f"{' '.join(USUAL['language'].methods)}); {' and '.join(DENSE)} for at most {DENSE_LIMIT} "
+        "parameters",
         nargs="+",
         choices=tuple(RECIPES),
         metavar="NAME",
@@ -236,7 +240,8 @@ def notes(settings: Settings, edge: bool) -> str:
     seeds = f"medians over {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else "one seed"
     text = (
         f"Loss: smoothed training loss (moving average of batch losses, weight {SMOOTHING:g}); "
-        f"{seeds}; {settings.steps} steps of {settings.batch_size} examples. Steps to Adam's end: "
+        f"{seeds}; {settings.steps} steps of {settings.batch_size} examples, over which the "
+        "learning rate falls from the one shown to zero by a cosine. Steps to Adam's end: "
         "until the loss with which Adam ended, and (×) as a multiple of Adam's own. Seconds are "
         "sums over steps; compilation is apart. State: bytes of the optimizer's state."
     )

@@ -51,9 +51,11 @@ class FirstOrder:
 
     phases = 1
 
-    def __init__(self, objective: cx.Objective, direction: optax.GradientTransformation):
+    def __init__(
+        self, objective: cx.Objective, direction: optax.GradientTransformation, steps: int
+    ):
         self._objective = objective
-        self._optimizer = optax.chain(direction, _scaled())
+        self._optimizer = optax.chain(direction, _scaled(steps))
         self._compiled = eqx.filter_jit(self._run)
 
     def init(self, model: PyTree[Any], learning_rate: float) -> Any:
@@ -83,10 +85,11 @@ class FirstOrder:
 
 
 class SecondOrder:
-    """A fused step of curvax."""
+    """A fused step of curvax, with momentum behind the method where `momentum` is given."""
 
-    def __init__(self, method: cx.Method):
-        self._step = cx.make_step(optax.chain(method, _scaled()), method)
+    def __init__(self, method: cx.Method, steps: int, momentum: float | None = None):
+        trace = optax.identity() if momentum is None else optax.trace(momentum)
+        self._step = cx.make_step(optax.chain(method, trace, _scaled(steps)), method)
         self.phases = method.plan.period
 
     def init(self, model: PyTree[Any], learning_rate: float) -> cx.StepState:
@@ -105,9 +108,13 @@ class SecondOrder:
         return int(state.skipped)
 
 
-def _scaled() -> optax.GradientTransformation:
-    # The learning rate lives in the state, so that another one needs no other executable.
-    return optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0)
+def _scaled(steps: int) -> optax.GradientTransformation:
+    # The learning rate lives in the state, so that another one needs no other executable. A run
+    # at a constant one ends on a noise floor, which says little about its method: all decay.
+    return optax.chain(
+        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, steps)),
+        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0),
+    )
 
 
 def _with_learning_rate(state: Any, learning_rate: float) -> Any:
@@ -115,54 +122,89 @@ def _with_learning_rate(state: Any, learning_rate: float) -> Any:
     return optax.tree_utils.tree_set(state, learning_rate=value)
 
 
+class Setting(NamedTuple):
+    """What a trainer is built for: an objective, the steps of a run, and CG steps in each."""
+
+    objective: cx.Objective
+    steps: int
+    cg_steps: int = 5
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A method as it is run here.
+    """A method as it is run here: at a learning rate that falls to zero over the run, by a cosine.
 
     Attributes:
-        build: From an objective and the number of CG steps to a trainer.
-        learning_rates: The grid. Adam's is at least as long as any other.
+        build: From a setting to a trainer.
+        learning_rates: The grid of peak rates. Adam's is at least as long as any other.
         settings: What else was set, in words.
     """
 
-    build: Callable[[cx.Objective, int], Trainer]
+    build: Callable[[Setting], Trainer]
     learning_rates: tuple[float, ...]
     settings: str
 
 
-def _adam(objective: cx.Objective, cg_steps: int) -> Trainer:
-    return FirstOrder(objective, optax.scale_by_adam())
+def _adam(setting: Setting) -> Trainer:
+    return FirstOrder(setting.objective, optax.scale_by_adam(), setting.steps)
 
 
-def _ggn_cg(objective: cx.Objective, cg_steps: int) -> Trainer:
+def _ggn_cg(setting: Setting) -> Trainer:
     # Five steps from where the last solution left off go further than ten from zero. The floor
     # under λ is for what the gain ratio does not see: that the next batch is another one.
-    method = cx.methods.ggn_cg(
-        objective, damping=_DAMPING, solver=cx.CG(max_steps=cg_steps), warm_start=0.95
-    )
-    return SecondOrder(method)
+    solver = cx.CG(max_steps=setting.cg_steps)
+    method = cx.methods.ggn_cg(setting.objective, damping=_DAMPING, solver=solver, warm_start=0.95)
+    return SecondOrder(method, setting.steps)
 
 
-def _newton_cg(objective: cx.Objective, cg_steps: int) -> Trainer:
+def _newton_cg(setting: Setting) -> Trainer:
     # No warm start: negative curvature ends the solve, and would leave the last solution as it is.
-    method = cx.methods.newton_cg(objective, damping=_DAMPING, solver=cx.CG(max_steps=cg_steps))
-    return SecondOrder(method)
+    solver = cx.CG(max_steps=setting.cg_steps)
+    method = cx.methods.newton_cg(setting.objective, damping=_DAMPING, solver=solver)
+    return SecondOrder(method, setting.steps)
 
 
-def _plain(method: Callable[..., cx.Method]) -> Callable[[cx.Objective, int], Trainer]:
-    return lambda objective, _: SecondOrder(method(objective, damping=_DAMPING))
+def _plain(
+    make: Callable[..., cx.Method], momentum: float | None = None, **options: Any
+) -> Callable[[Setting], Trainer]:
+    def build(setting: Setting) -> Trainer:
+        return SecondOrder(make(setting.objective, **options), setting.steps, momentum)
+
+    return build
 
 
 _DAMPING = cx.LevenbergMarquardt(minimum=1e-2)
 _WITH = "Levenberg-Marquardt damping, λ from 1 down to at least 0.01"
 _GRID = (0.1, 0.3, 1.0)
+MOMENTUM = 0.9
+# The peak learning rate of K-FAC, which its scaling makes the same for all problems.
+KFAC_RATE = 0.01
+KFAC_DAMPING = 0.3
+# K-FAC's defaults, with momentum behind it.
+_KFAC = "damping 0.3, KLClip, refreshed every 10 steps, momentum 0.9"
+_KFAC_GRID = (0.003, 0.01, 0.03, 0.1)
+_FACTORED: dict[str, Any] = {"damping": KFAC_DAMPING}
 
 RECIPES: dict[str, Recipe] = {
     "adam": Recipe(_adam, (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2), "β₁ = 0.9, β₂ = 0.999"),
     "ggn_cg": Recipe(_ggn_cg, (0.05, 0.1, 0.2), f"{_WITH}, warm start 0.95"),
     "newton_cg": Recipe(_newton_cg, (0.03, 0.1, 0.3), _WITH),
-    "egn": Recipe(_plain(cx.methods.egn), _GRID, _WITH),
-    "ggn_direct": Recipe(_plain(cx.methods.ggn_direct), _GRID, _WITH),
-    "newton_direct": Recipe(_plain(cx.methods.newton_direct), _GRID, _WITH),
+    "egn": Recipe(_plain(cx.methods.egn, damping=_DAMPING), _GRID, _WITH),
+    "ggn_direct": Recipe(_plain(cx.methods.ggn_direct, damping=_DAMPING), _GRID, _WITH),
+    "newton_direct": Recipe(_plain(cx.methods.newton_direct, damping=_DAMPING), _GRID, _WITH),
+    "kfac": Recipe(
+        _plain(cx.methods.kfac, MOMENTUM, **_FACTORED), _KFAC_GRID, f"rank 0.15, {_KFAC}"
+    ),
+    "kfac_full": Recipe(
+        _plain(cx.methods.kfac, MOMENTUM, rank=None, **_FACTORED),
+        _KFAC_GRID,
+        f"full rank, {_KFAC}",
+    ),
+    "ekfac": Recipe(_plain(cx.methods.ekfac, MOMENTUM, **_FACTORED), _KFAC_GRID, _KFAC),
+    "newton_muon": Recipe(
+        _plain(cx.methods.newton_muon),
+        (0.001, 0.003, 0.01),
+        "rank 0.15, refreshed every 10 steps, momentum 0.95 of its own",
+    ),
 }
 DENSE = ("ggn_direct", "newton_direct")

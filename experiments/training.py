@@ -79,7 +79,8 @@ class Task:
 
     @property
     def objective(self) -> cx.Objective:
-        return cx.Objective(lambda model, x: model(x), _LOSSES[self.kind])
+        example = tuple(array[:1] for array in self.train)
+        return cx.Objective(lambda model, x: model(x), _LOSSES[self.kind], example=example)
 
     def init(self, key: PRNGKeyArray) -> eqx.Module:
         return models.build(self.model, self.train[0].shape[1:], self.outputs, key=key)

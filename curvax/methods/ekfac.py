@@ -24,7 +24,7 @@ def ekfac(
     fisher: FisherKind = "mc",
     samples: int = 1,
     sharing: Sharing = "expand",
-    damping: AbstractDamping | ScalarLike = 1e-2,
+    damping: AbstractDamping | ScalarLike = 0.3,
     split: AbstractFactorDamping = RelativeTikhonov(),
     scaling: AbstractScaling = KLClip(),
     decay: float = 0.9,

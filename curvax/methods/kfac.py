@@ -12,6 +12,7 @@ from curvax.damping import AbstractDamping
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
 from curvax.scalings import AbstractScaling, KLClip
+from curvax.taps.blocks import StateBudget
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Sharing
 from curvax.transform import Method
@@ -21,11 +22,12 @@ def kfac(
     objective: Objective,
     *,
     rank: float | int | None = 0.15,
+    state_budget: str | None = None,
     refresh_every: int = 10,
     fisher: FisherKind = "mc",
     samples: int = 1,
     sharing: Sharing = "expand",
-    damping: AbstractDamping | ScalarLike = 1e-2,
+    damping: AbstractDamping | ScalarLike = 0.3,
     split: AbstractFactorDamping = RelativeTikhonov(),
     scaling: AbstractScaling = KLClip(),
     decay: float = 0.9,
@@ -51,6 +53,8 @@ def kfac(
       diagonal. A share is rounded down to a multiple of 16, and gives a side at most half as many
       columns as the weight's other side has entries (32 at the least), so that a basis costs no
       more than half of its weight.
+    - `state_budget`: instead of a rank, what the state may cost, a momentum included, such as
+      `"0.75x adam"`: the largest share that fits is taken.
     - `refresh_every`: steps from one refresh to the next. Curvature changes slowly, and a refresh
       costs more than a step without one.
     - `fisher`: `"mc"`, `samples` targets drawn from the model for each event: unbiased, with one
@@ -94,6 +98,7 @@ def kfac(
     `optax.masked` or `optax.partition` hide leaves; in `update` without `observation` and `batch`,
     for `fisher="mc"` without a key, and for a batch on which the model has other blocks.
     """
-    recipe = Recipe(rank, fisher, samples, sharing, diagonal)
+    held = rank if state_budget is None else StateBudget.parse(state_budget)
+    recipe = Recipe(held, fisher, samples, sharing, diagonal)
     factors = KroneckerPreconditioner(recipe, refresh_every, stagger, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

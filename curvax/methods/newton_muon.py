@@ -12,6 +12,7 @@ from curvax.damping import AbstractDamping
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
 from curvax.scalings import AbstractScaling, Orthogonalised
+from curvax.taps.blocks import StateBudget
 from curvax.transform import Method
 
 
@@ -19,6 +20,7 @@ def newton_muon(
     objective: Objective,
     *,
     rank: float | int | None = 0.15,
+    state_budget: str | None = None,
     refresh_every: int = 10,
     damping: AbstractDamping | ScalarLike = 1e-2,
     split: AbstractFactorDamping = RelativeTikhonov(),
@@ -38,7 +40,7 @@ def newton_muon(
     **Arguments:**
 
     - `objective`: what is minimised, made with `example=` a batch or its shapes.
-    - `rank`, `refresh_every`, `decay`, `stagger`, `diagonal`: as of
+    - `rank`, `state_budget`, `refresh_every`, `decay`, `stagger`, `diagonal`: as of
       [`kfac`][curvax.methods.kfac.kfac], for A.
     - `damping`, `split`: what is added to A: under [`RelativeTikhonov`][curvax.RelativeTikhonov] √λ
       times its mean eigenvalue, which has no unit.
@@ -58,6 +60,7 @@ def newton_muon(
 
     **Raises** `ValueError` where [`kfac`][curvax.methods.kfac.kfac] does; no key is needed.
     """
-    recipe = Recipe(rank, "forward_only", 1, "expand", diagonal)
+    held = rank if state_budget is None else StateBudget.parse(state_budget)
+    recipe = Recipe(held, "forward_only", 1, "expand", diagonal)
     factors = KroneckerPreconditioner(recipe, refresh_every, stagger, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 
 from curvax.objective import Batch, Objective, Params
 from curvax.plan.quantities import AbstractQuantity, Scope
-from curvax.taps.blocks import Block, KroneckerBlock, find_blocks, input_side
+from curvax.taps.blocks import Block, KroneckerBlock, Rank, find_blocks, input_side
 from curvax.taps.moments import FisherKind, Moments, collect_moments, tapped_pass
 from curvax.taps.statistics import Sharing
 
@@ -17,8 +17,8 @@ from curvax.taps.statistics import Sharing
 class Recipe:
     """What Kronecker factors are made of.
 
-    - `rank`: of a factor's basis: a share of its size, a number of columns, or None for full
-      matrices.
+    - `rank`: of a factor's basis: a share of its size, a number of columns, None for full
+      matrices, or a `StateBudget`.
     - `fisher`: `"mc"` (targets drawn from the model, `samples` for each event), `"exact"` (a
       backward pass for each output), `"empirical"` (the targets of the batch, in the gradient's
       own backward pass), or `"forward_only"` (the input factors alone; G = I).
@@ -27,7 +27,7 @@ class Recipe:
     - `diagonal`: parts of the paths of leaves whose blocks are to be diagonal.
     """
 
-    rank: float | int | None = None
+    rank: Rank = None
     fisher: FisherKind = "mc"
     samples: int = 1
     sharing: Sharing = "expand"

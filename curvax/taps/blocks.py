@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,10 +53,10 @@ class Form:
 
     @property
     def numbers(self) -> int:
-        """Numbers in one such factor."""
+        """Numbers that a state keeps of one such factor: its average, and its damped inverse."""
         if self.kind == "sketch":
-            return self.size * self.rank + self.rank**2 + 1
-        return {"full": self.size**2, "diagonal": self.size}.get(self.kind, 0)
+            return self.size * self.rank + 2 * self.rank**2 + 2
+        return 2 * self.size ** (2 if self.kind == "full" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +140,32 @@ def input_side(block: Block) -> Block:
     return dataclasses.replace(block, uses=uses, swapped=(False,) * len(uses), output=output)
 
 
+@dataclasses.dataclass(frozen=True)
+class StateBudget:
+    """The largest rank for which factors and one momentum fit into `of_adam` times Adam's state."""
+
+    of_adam: float
+
+    @staticmethod
+    def parse(text: str) -> "StateBudget":
+        """From a text such as "0.75x adam". **Raises** `ValueError` for any other."""
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*[x×]\s*adam\s*", text, re.IGNORECASE)
+        if match is None or float(match[1]) == 0:
+            raise ValueError(
+                f"state_budget: got {text!r}, wanted a multiple of Adam's, such as '1.0x adam'."
+            )
+        return StateBudget(float(match[1]))
+
+
+Rank = float | int | None | StateBudget
+
+
 def find_blocks(
     objective: Objective,
     params: Params,
     x: Any,
     *,
-    rank: float | int | None = None,
+    rank: Rank = None,
     diagonal: tuple[str, ...] = (),
 ) -> tuple[Any, tuple[Block, ...]]:
     """The jaxpr of one example of a batch of inputs x, and the blocks of its parameters.
@@ -163,7 +184,31 @@ def find_blocks(
     variables = {var: i for i, var in enumerate(closed.jaxpr.invars[: len(leaves)])}
     found = find_uses(closed.jaxpr, variables)
     paths = _tree.paths(params)
-    return closed, _blocks(found, paths, leaves, rank, diagonal)
+    make = lambda rank: _blocks(found, paths, leaves, rank, diagonal)
+    return closed, _affordable(make, leaves, rank) if isinstance(rank, StateBudget) else make(rank)
+
+
+def _affordable(make: Any, leaves: list[Any], budget: StateBudget) -> tuple[Block, ...]:
+    """The blocks of the largest share of a rank, in steps of 1/64, that the budget allows."""
+    size = sum(leaf.size for leaf in leaves)
+    allowed = (2 * budget.of_adam - 1) * size
+
+    def needed(blocks: tuple[Block, ...]) -> int:
+        return sum(
+            b.numbers if isinstance(b, KroneckerBlock) else leaves[b.leaf].size for b in blocks
+        )
+
+    low, high = 1, 64
+    if needed(make(low / 64)) > allowed:
+        least = (needed(make(low / 64)) / size + 1) / 2
+        raise ValueError(
+            f"state_budget: got {budget.of_adam:g}x adam, wanted at least {least:.2f}x: a momentum "
+            "and the smallest factors (rank 1/64) need as much."
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needed(make(middle / 64)) <= allowed else (low, middle - 1)
+    return make(low / 64)
 
 
 def _blocks(
