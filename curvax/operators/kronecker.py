@@ -101,8 +101,8 @@ class Rotated(AbstractBlockMatrix):
     to it. A basis None is the identity.
     """
 
-    output_basis: Float[Array, "stack out rows"] | None
-    input_basis: Float[Array, "stack in_ columns"] | None
+    output_basis: Float[Array, "stack out k"] | None
+    input_basis: Float[Array, "stack size l"] | None
     scales: Float[Array, "stack rows columns"]
 
     @property
