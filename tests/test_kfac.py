@@ -107,18 +107,13 @@ def test_static_leaves_of_a_model_need_not_be_declared():
     stepper(cx.methods.kfac(objective)).init(model)
 
 
+# What is found in the others, and that their gradients and factors are right, test_taps says.
 TRAINED = (
     "mlp",
-    "cnn_groupnorm",
-    "resnet_batchnorm",
-    "transformer",
     "transformer_scanned",
     "gru",
-    "tied_embedding",
     "moe_vmap",
-    "depthwise_separable",
     "conv_dilated",
-    "flax_style",
     "bf16_compute",
     "custom_vjp",
 )
@@ -158,7 +153,6 @@ def test_every_model_trains(name, monkeypatch):
     [
         ("ekfac", "mlp"),
         ("ekfac", "tied_embedding"),
-        ("newton_muon", "transformer"),
         ("newton_muon", "tied_embedding"),
     ],
 )
