@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-plot", "write no PNG", action="store_true")
     add(
         "--smoke",
-        "10 steps on a part of the data, two learning rates, 2 steps of CG: under a minute",
+        "10 steps on a part of the data, two learning rates, 2 steps of CG: a minute or two",
         action="store_true",
     )
     return cli
