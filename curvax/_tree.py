@@ -5,6 +5,7 @@ leafwise dot products. Low-precision leaves (bfloat16, float16) are reduced in f
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -98,6 +99,17 @@ def cast(a: PyTree, like: PyTree) -> PyTree[Array]:
 def structure(a: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the leaves of `a`."""
     return jax.eval_shape(lambda: a)
+
+
+def freeze(structs: PyTree[Any]) -> tuple[tuple[Any, ...], Any]:
+    """A tree of shapes as a hashable value, for static fields; `thaw` is the inverse."""
+    leaves, treedef = jax.tree.flatten(structs)
+    return tuple(leaves), treedef
+
+
+def thaw(frozen: tuple[tuple[Any, ...], Any]) -> PyTree[Any]:
+    leaves, treedef = frozen
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def size(a: PyTree) -> int:

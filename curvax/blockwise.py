@@ -33,19 +33,11 @@ from curvax.plan import (
     Plan,
     Requirement,
 )
-from curvax.plan.moments import BlockMoments, Recipe, slot_of
+from curvax.plan.moments import BlockMoments, Recipe
 from curvax.refresh import FactorMemory, first_factor, invert, refresh, weight_of_past
 from curvax.scalings import AbstractScaling, AsIs, Context
-from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock
-from curvax.transform import (
-    Method,
-    SecondOrderState,
-    gain_ratio,
-    measure_when,
-    no_metrics,
-    observe_in_update,
-    skip,
-)
+from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock
+from curvax.transform import Method, SecondOrderState, first_state, measured, observe_in_update
 
 
 class KroneckerMemory(NamedTuple):
@@ -183,6 +175,28 @@ class _Factors(AbstractBlockPreconditioner):
         if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
             raise ValueError(f"decay: got {self.decay}, wanted a number in [0, 1).")
 
+    def init(self, blocks: tuple[Block, ...], params: Params) -> Memory:
+        leaves = jax.tree.leaves(params)
+        memory: Memory = {}
+        for number, block in enumerate(blocks):
+            leaf = leaves[block.leaf]
+            dtype = _tree.accumulation_dtype(leaf.dtype)
+            if isinstance(block, DiagonalBlock):
+                zero = lambda: jnp.zeros((), jnp.int32)
+                entries = jnp.zeros(leaf.shape, dtype)
+                memory[block.path] = DiagonalMemory(entries, zero(), zero(), never())
+            else:
+                input, output = (
+                    first_factor(form, block.stack, dtype, 2 * number + side)
+                    for side, form in enumerate((block.input, block.output))
+                )
+                memory[block.path] = self._first(block, input, output)
+        return memory
+
+    @abc.abstractmethod
+    def _first(self, block: KroneckerBlock, input: FactorMemory, output: FactorMemory) -> Any:
+        """The state of a block before anything was measured, around that of its factors."""
+
     def _slots(self) -> list[tuple[BlockMoments, int]]:
         """The quantity of each slot, and the step of a cycle that it is due on."""
         slots = min(self.stagger, self.refresh_every)
@@ -210,8 +224,7 @@ class _Factors(AbstractBlockPreconditioner):
             due = observation.due(quantity)
             if due is False:
                 continue
-            mine = tuple(block for block in blocks if block.path in new)
-            mine = tuple(b for b in mine if slot_of(b, blocks, quantity.slots) == quantity.slot)
+            mine = quantity.mine(blocks)
             moments = observation[quantity]
             fresh = lambda new=new, mine=mine, moments=moments: self._refreshed(
                 {b.path: new[b.path] for b in mine}, mine, moments, damping, count
@@ -246,6 +259,7 @@ class _Factors(AbstractBlockPreconditioner):
         for block in blocks:
             if isinstance(block, DiagonalBlock):
                 new[block.path] = self._diagonal(memory[block.path], moments[block.path])
+        # An array of its own for each: a buffer that stands twice in a state cannot be donated.
         return {path: each._replace(refreshed=count + 0) for path, each in new.items()}
 
     @abc.abstractmethod
@@ -272,15 +286,17 @@ class _Factors(AbstractBlockPreconditioner):
             failures=memory.failures + (~ok).astype(jnp.int32),
         )
 
-    def _first_diagonal(self, block: DiagonalBlock, leaf: Any) -> DiagonalMemory:
-        zero = lambda: jnp.zeros((), jnp.int32)
-        dtype = _tree.accumulation_dtype(leaf.dtype)
-        return DiagonalMemory(jnp.zeros(leaf.shape, dtype), zero(), zero(), never())
-
-    def _inverse_diagonal(self, memory: DiagonalMemory, damping: Scalar) -> AbstractBlockMatrix:
-        entries = memory.entries
+    def inverse(self, memory: Memory, block: Block, damping: Scalar) -> AbstractBlockMatrix:
+        each = memory[block.path]
+        if not isinstance(block, DiagonalBlock):
+            return self._inverse(each, damping)
+        entries = each.entries
         shifted = entries + jnp.asarray(self.split.diagonal(damping, entries), entries.dtype)
-        return Entries(jnp.where(memory.updates > 0, 1 / shifted, 1.0))
+        return Entries(jnp.where(each.updates > 0, 1 / shifted, 1.0))
+
+    @abc.abstractmethod
+    def _inverse(self, each: Any, damping: Scalar) -> AbstractBlockMatrix:
+        """The damped inverse of a Kronecker block."""
 
 
 class KroneckerPreconditioner(_Factors):
@@ -296,21 +312,11 @@ class KroneckerPreconditioner(_Factors):
     decay: float
     split: AbstractFactorDamping
 
-    def init(self, blocks: tuple[Block, ...], params: Params) -> Memory:
-        leaves = jax.tree.leaves(params)
-        memory: Memory = {}
-        for seed, block in enumerate(blocks):
-            if isinstance(block, DiagonalBlock):
-                memory[block.path] = self._first_diagonal(block, leaves[block.leaf])
-                continue
-            dtype = _tree.accumulation_dtype(leaves[block.leaf].dtype)
-            output = block.output
-            factors = [
-                first_factor(form, block.stack, dtype, 2 * seed + i)
-                for i, form in enumerate((block.input, output))
-            ]
-            memory[block.path] = KroneckerMemory(factors[0], factors[1], never())
-        return memory
+    def _first(
+        self, block: KroneckerBlock, input: FactorMemory, output: FactorMemory
+    ) -> KroneckerMemory:
+        del block
+        return KroneckerMemory(input, output, never())
 
     def bases(self, memory: Memory, rotated: bool) -> Mapping[str, Any]:
         del rotated
@@ -345,10 +351,8 @@ class KroneckerPreconditioner(_Factors):
             new[block.path] = new[block.path]._replace(**{side: each})
         return new
 
-    def inverse(self, memory: Memory, block: Block, damping: Scalar) -> AbstractBlockMatrix:
-        each = memory[block.path]
-        if isinstance(block, DiagonalBlock):
-            return self._inverse_diagonal(each, damping)
+    def _inverse(self, each: KroneckerMemory, damping: Scalar) -> Product:
+        del damping  # it went into the inverses when they were refreshed
         return Product(each.output.damped_inverse, each.input.damped_inverse)
 
 
@@ -374,33 +378,27 @@ class EigenPreconditioner(_Factors):
         rotated = Requirement(self._rotated(), "scales", self.refresh_every, after)
         return (*super().requirements(), rotated)
 
-    def init(self, blocks: tuple[Block, ...], params: Params) -> Memory:
-        leaves = jax.tree.leaves(params)
-        memory: Memory = {}
-        zero = lambda: jnp.zeros((), jnp.int32)
-        for seed, block in enumerate(blocks):
-            if isinstance(block, DiagonalBlock):
-                memory[block.path] = self._first_diagonal(block, leaves[block.leaf])
-                continue
-            dtype = _tree.accumulation_dtype(leaves[block.leaf].dtype)
-            stack, rows, columns = block.stack, block.output.size, block.input.size
-            factors = [
-                first_factor(form, stack, dtype, 2 * seed + i)._replace(
-                    inverse=DiagonalFactor(jnp.zeros((stack, 0), dtype))
-                )
-                for i, form in enumerate((block.input, block.output))
-            ]
-            eye = lambda n, s=stack, d=dtype: jnp.zeros((s, n, n), d) + jnp.eye(n, dtype=d)[None]
-            memory[block.path] = EigenMemory(
-                factors[0],
-                factors[1],
-                None if block.input.kind == "diagonal" else eye(columns),
-                None if block.output.kind == "diagonal" else eye(rows),
-                jnp.ones((stack, rows, columns), dtype),
-                zero(),
-                never(),
-            )
-        return memory
+    def _first(
+        self, block: KroneckerBlock, input: FactorMemory, output: FactorMemory
+    ) -> EigenMemory:
+        stack, dtype = block.stack, input.factor.trace().dtype
+        none = DiagonalFactor(jnp.zeros((stack, 0), dtype))  # the scales are inverted instead
+
+        def identity(form: Form) -> Array | None:
+            if form.kind == "diagonal":
+                return None
+            square = jnp.zeros((stack, form.size, form.size), dtype)
+            return square + jnp.eye(form.size, dtype=dtype)[None]
+
+        return EigenMemory(
+            input._replace(inverse=none),
+            output._replace(inverse=jax.tree.map(jnp.copy, none)),
+            identity(block.input),
+            identity(block.output),
+            jnp.ones((stack, block.output.size, block.input.size), dtype),
+            jnp.zeros((), jnp.int32),
+            never(),
+        )
 
     def bases(self, memory: Memory, rotated: bool) -> Mapping[str, Any]:
         kronecker = {p: m for p, m in memory.items() if isinstance(m, EigenMemory)}
@@ -477,10 +475,7 @@ class EigenPreconditioner(_Factors):
             )
         return new
 
-    def inverse(self, memory: Memory, block: Block, damping: Scalar) -> AbstractBlockMatrix:
-        each = memory[block.path]
-        if isinstance(block, DiagonalBlock):
-            return self._inverse_diagonal(each, damping)
+    def _inverse(self, each: EigenMemory, damping: Scalar) -> Rotated:
         scales = each.scales
         shift = jax.vmap(lambda s: jnp.asarray(self.split.diagonal(damping, s), s.dtype))(scales)
         inverse = jnp.where(each.input.updates[0] > 0, 1 / (scales + shift[:, None, None]), 1.0)
@@ -508,29 +503,19 @@ def precondition(
     `init` **raises** `ValueError` without an example, `update` without `observation` and `batch`.
     """
     damping = as_damping(damping)
-    gain = GainRatio()
     requirements = [*preconditioner.requirements(), *scaling.requirements()]
     if damping.every is not None:
         requirements.append(Requirement(curvature, "damping"))
-        requirements.append(Requirement(gain, "damping", damping.every))
+        requirements.append(Requirement(GainRatio(), "damping", damping.every))
     plan = Plan(requirements)
 
     def blocks_of(params: Params, bound: Objective) -> tuple[Block, ...]:
         return preconditioner.recipe.blocks(bound, params, bound.inputs)[1]
 
     def init(params: Params) -> SecondOrderState:
-        zero = lambda: jnp.zeros((), jnp.int32)
         _check_unmasked("init", params)
         blocks = blocks_of(params, bound_objective() or objective)
-        return SecondOrderState(
-            count=zero(),
-            level=damping.init(),
-            solution=scaling.init(params),
-            preconditioner=preconditioner.init(blocks, params),
-            skipped=zero(),
-            rejected=zero(),
-            metrics=no_metrics(),
-        )
+        return first_state(damping, scaling.init(params), preconditioner.init(blocks, params))
 
     def bases(state: SecondOrderState) -> Callable[[bool], Any]:
         return lambda rotated: preconditioner.bases(state.preconditioner, rotated)
@@ -575,26 +560,13 @@ def precondition(
         finite = (
             jnp.isfinite(observation.value) & jnp.isfinite(gradient_norm) & jnp.isfinite(length)
         )
-        metrics = no_metrics()._replace(
-            value=_f32(observation.value),
-            gradient_norm=_f32(gradient_norm),
-            solution_norm=_f32(length),
-            damping_used=_f32(level.damping),
-            radius_used=_f32(level.radius),
-            finite=finite,
-        )
+        metrics = measured(observation, level, gradient_norm, length, finite)
         new = state._replace(level=level, solution=scaled, preconditioner=memory, metrics=metrics)
-        accepted = jnp.asarray(True)
-        if damping.every is not None and not observation.judged_later:
-            due = observation.due(gain)
-            step = _tree.scale(-1.0, direction)
-            operator = observation[curvature]
-            measure = lambda: gain_ratio(observation, operator, updates, step)
-            new, accepted = method.judge(new, measure_when(due, measure), due)
-        new = skip(finite, new, state, metrics)
+        operator = lambda: observation[curvature]
+        new, take = method.conclude(observation, operator, updates, direction, new, state)
         taken = direction
         if not observation.judged_later:  # a fused step leaves out the whole update
-            taken = _tree.where(finite & accepted, direction, _tree.zeros_like(direction))
+            taken = _tree.where(take, direction, _tree.zeros_like(direction))
         return _tree.cast(taken, updates if params is None else params), new
 
     method = Method(cast(Any, init), cast(Any, update))
@@ -622,7 +594,3 @@ def _check_blocks(blocks: tuple[Block, ...], memory: Memory) -> None:
             f"batch: the model uses its parameters otherwise than on the objective's example: "
             f"blocks {sorted(here ^ there)} are in one but not in the other."
         )
-
-
-def _f32(x: Any) -> Float[Array, ""]:
-    return jnp.asarray(x).astype(jnp.float32)

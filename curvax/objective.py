@@ -70,12 +70,10 @@ class Embedded(eqx.Module):
 
     def __init__(self, function: Callable[[Params], Any], structure: PyTree[jax.ShapeDtypeStruct]):
         self.function = function
-        leaves, treedef = jax.tree.flatten(structure)
-        self.structure = (tuple(leaves), treedef)
+        self.structure = _tree.freeze(structure)
 
     def __call__(self, kept: Params) -> Any:
-        leaves, treedef = self.structure
-        return self.function(fill_masked(kept, jax.tree.unflatten(treedef, leaves)))
+        return self.function(fill_masked(kept, _tree.thaw(self.structure)))
 
 
 def fill_masked(tree: Params, whole: PyTree[jax.ShapeDtypeStruct]) -> Params:
@@ -201,13 +199,10 @@ class Objective(eqx.Module):
         # Arrays are ordinary leaves; what is left (functions, sizes) is kept flat, so that it is
         # hashable and an objective passes through jit, scan and vmap like any array.
         self.frozen, skeleton = eqx.partition(static, is_array)
-        leaves, treedef = jax.tree.flatten(skeleton)
-        self.skeleton = (tuple(leaves), treedef)
+        self.skeleton = _tree.freeze(skeleton)
         self.shapes = None
         if example is not None:
-            x = jax.tree.map(_shape_of, self.example(example).x)
-            leaves, treedef = jax.tree.flatten(x)
-            self.shapes = (tuple(leaves), treedef)
+            self.shapes = _tree.freeze(jax.tree.map(_shape_of, self.example(example).x))
 
     # -- the model ---------------------------------------------------------------------------
 
@@ -229,8 +224,7 @@ class Objective(eqx.Module):
     @property
     def static(self) -> PyTree[Any]:
         """The part of the model that is not trained."""
-        leaves, treedef = self.skeleton
-        return eqx.combine(self.frozen, jax.tree.unflatten(treedef, leaves))
+        return eqx.combine(self.frozen, _tree.thaw(self.skeleton))
 
     def model(self, params: Params) -> PyTree[Any]:
         """The whole model again, from its trained part."""
@@ -286,8 +280,7 @@ class Objective(eqx.Module):
                 "no batch was shown to it yet: pass Objective(..., example=batch) (a batch, or its "
                 "shapes)."
             )
-        leaves, treedef = self.shapes
-        return jax.tree.unflatten(treedef, leaves)
+        return _tree.thaw(self.shapes)
 
     # -- one batch ---------------------------------------------------------------------------
 
@@ -428,6 +421,12 @@ class Objective(eqx.Module):
         self.check(params, batch, key)
         example = self.example(batch)
         outputs, tangent = jax.linearize(lambda p: self.outputs(p, example.x, key), params)
+        return self.linearised(params, example, outputs, tangent)
+
+    def linearised(
+        self, params: Params, example: Example, outputs: Array, tangent: Callable[[Params], Array]
+    ) -> Linearisation:
+        """A linearisation, from outputs and a linear map that are already there."""
         target = jax.tree.map(jnp.asarray, example.target)
         values = jax.eval_shape(self.loss.value, outputs, target)
         return Linearisation(params, outputs, target, self.coefficients(example, values), tangent)

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvax import _tree
+from curvax._linalg import matmul
 from curvax.operators.factors import AbstractFactor, DenseFactor, DiagonalFactor, LowRankFactor
 from curvax.taps.blocks import Form
 from curvax.taps.statistics import Moment
 
 # Times that a factorisation is tried, each with ten times the ridge of the one before.
 ATTEMPTS = 4
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class FactorMemory(NamedTuple):
@@ -129,7 +128,7 @@ def _low_rank(factor: LowRankFactor, moment: Moment, past: Array) -> LowRankFact
     past = past.astype(dtype)
     trace = past * factor.trace() + (1 - past) * moment.trace
     wide = past[:, None, None]
-    y = wide * _dot(q, factor.core) + (1 - wide) * moment.product.astype(dtype)
+    y = wide * matmul(q, factor.core) + (1 - wide) * moment.product.astype(dtype)
     # A multiple of the identity, of the size of rounding errors, so that inputs that are always
     # zero leave nothing singular.
     unit = jnp.finfo(dtype).eps * q.shape[1] ** 0.5 * jnp.sqrt(jnp.sum(y * y, axis=(1, 2)))
@@ -137,11 +136,11 @@ def _low_rank(factor: LowRankFactor, moment: Moment, past: Array) -> LowRankFact
 
     def attempt(ridge: Array) -> LowRankFactor:
         lifted = y + (unit * ridge)[:, None, None] * q
-        core = _dot(_t(q), lifted)
+        core = matmul(_t(q), lifted)
         b = _right_solve(lifted, jnp.linalg.cholesky((core + _t(core)) / 2))
         basis = _orthonormal(b)
-        root = _dot(_t(basis), b)
-        core = _dot(root, _t(root))
+        root = matmul(_t(basis), b)
+        core = matmul(root, _t(root))
         rest = max(q.shape[1] - q.shape[2], 1)
         tail = (trace - jnp.trace(core, axis1=1, axis2=2)) / rest
         return LowRankFactor(basis, core, jnp.maximum(tail, 0))
@@ -154,7 +153,7 @@ def _low_rank(factor: LowRankFactor, moment: Moment, past: Array) -> LowRankFact
 def _orthonormal(b: Array) -> Array:
     """An orthonormal basis of the columns, by Cholesky QR done twice (Yamamoto et al. 2015)."""
     for _ in range(2):
-        gram = _dot(_t(b), b)
+        gram = matmul(_t(b), b)
         scale = jnp.trace(gram, axis1=1, axis2=2) * jnp.finfo(b.dtype).eps
         eye = jnp.eye(gram.shape[-1], dtype=b.dtype)
         b = _right_solve(b, jnp.linalg.cholesky(gram + scale[:, None, None] * eye[None]))
@@ -220,10 +219,6 @@ def _batched(function: Any, memories: Sequence[FactorMemory], others: Sequence[A
             results[i] = jax.tree.map(cut, done) if len(members) > 1 else done
             start += stack
     return results
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=_HIGHEST)
 
 
 def _t(a: Array) -> Array:

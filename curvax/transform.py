@@ -107,6 +107,42 @@ class Method(optax.GradientTransformationExtraArgs):
         rejected = state.rejected + (~accepted).astype(jnp.int32)
         return state._replace(level=level, metrics=metrics, rejected=rejected), accepted
 
+    def conclude(
+        self,
+        observation: Observation,
+        operator: Callable[[], AbstractCurvature],
+        gradient: Params,
+        direction: Params,
+        new: SecondOrderState,
+        old: SecondOrderState,
+    ) -> tuple[SecondOrderState, Bool[Array, ""]]:
+        """The state after an update, and whether to take it: judged by its gain unless the
+        finished step is judged later, and skipped if its metrics are not finite.
+        """
+        metrics = new.metrics
+        accepted = jnp.asarray(True)
+        if self.damping.every is not None and not observation.judged_later:
+            due = observation.due(GainRatio())
+            step = _tree.scale(-1.0, direction)
+            measure = lambda: gain_ratio(observation, operator(), gradient, step)
+            new, accepted = self.judge(new, measure_when(due, measure), due)
+        return skip(metrics.finite, new, old, metrics), metrics.finite & accepted
+
+
+def first_state(damping: AbstractDamping, solution: Any, preconditioner: Any) -> SecondOrderState:
+    """The state before the first step."""
+    # One array each: a buffer that stands twice in a state cannot be donated.
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return SecondOrderState(
+        count=zero(),
+        level=damping.init(),
+        solution=solution,
+        preconditioner=preconditioner,
+        skipped=zero(),
+        rejected=zero(),
+        metrics=no_metrics(),
+    )
+
 
 def second_order(
     objective: Objective,
@@ -139,25 +175,18 @@ def second_order(
     fused step it is measured for the update that the whole chain made.)
     """
     damping = as_damping(damping)
-    gain = GainRatio()
     requirements = [Requirement(curvature, "solver")]
     if preconditioner is not None:
         requirements.extend(preconditioner.requirements())
     if damping.every is not None:
-        requirements.append(Requirement(gain, "damping", damping.every))
+        requirements.append(Requirement(GainRatio(), "damping", damping.every))
     plan = Plan(requirements)
 
     def init(params: Params) -> SecondOrderState:
-        # One array each: a buffer that stands twice in a state cannot be donated.
-        zero = lambda: jnp.zeros((), jnp.int32)
-        return SecondOrderState(
-            count=zero(),
-            level=damping.init(),
-            solution=None if warm_start is None else _tree.zeros_like(params),
-            preconditioner=None if preconditioner is None else preconditioner.init(params),
-            skipped=zero(),
-            rejected=zero(),
-            metrics=no_metrics(),
+        return first_state(
+            damping,
+            None if warm_start is None else _tree.zeros_like(params),
+            None if preconditioner is None else preconditioner.init(params),
         )
 
     def update(
@@ -210,17 +239,9 @@ def second_order(
             jnp.isfinite(observation.value) & jnp.isfinite(gradient_norm) & jnp.isfinite(length)
         )
         finite = finite & _tree.all_finite(memory) & ~_came_to_nothing(stats)
-        metrics = Metrics(
-            value=_f32(observation.value),
-            gradient_norm=_f32(gradient_norm),
-            solution_norm=_f32(length),
-            damping_used=_f32(level.damping),
-            radius_used=_f32(level.radius),
-            gain_ratio=_f32(jnp.nan),
+        metrics = measured(observation, level, gradient_norm, length, finite)._replace(
             solver_steps=jnp.asarray(stats.get("num_steps", -1), jnp.int32),
             solver_residual=_f32(stats.get("residual_norm", jnp.nan)),
-            accepted=jnp.asarray(True),
-            finite=finite,
         )
         new = state._replace(
             level=level,
@@ -228,14 +249,8 @@ def second_order(
             preconditioner=memory,
             metrics=metrics,
         )
-        accepted = jnp.asarray(True)
-        if damping.every is not None and not observation.judged_later:
-            due = observation.due(gain)
-            step = _tree.scale(-1.0, solution)
-            measure = lambda: gain_ratio(observation, operator, updates, step)
-            new, accepted = method.judge(new, measure_when(due, measure), due)
-        new = skip(finite, new, state, metrics)
-        direction = _tree.where(finite & accepted, solution, _tree.zeros_like(solution))
+        new, take = method.conclude(observation, lambda: operator, updates, solution, new, state)
+        direction = _tree.where(take, solution, _tree.zeros_like(solution))
         return _tree.cast(direction, updates if params is None else params), new
 
     # Optax types states as pytrees of arrays, which a NamedTuple is without saying so.
@@ -349,6 +364,20 @@ def _came_to_nothing(stats: dict[str, Any]) -> Bool[Array, ""]:
     if "stop" not in stats:
         return jnp.asarray(False)
     return (stats["stop"] == StopReason.nonfinite.value) & (stats["num_steps"] == 0)
+
+
+def measured(
+    observation: Observation, level: DampingState, gradient: Array, solution: Array, finite: Array
+) -> Metrics:
+    """Metrics of a step with these norms of gradient and solution."""
+    return no_metrics()._replace(
+        value=_f32(observation.value),
+        gradient_norm=_f32(gradient),
+        solution_norm=_f32(solution),
+        damping_used=_f32(level.damping),
+        radius_used=_f32(level.radius),
+        finite=finite,
+    )
 
 
 def no_metrics() -> Metrics:

@@ -183,7 +183,6 @@ KFAC_DAMPING = 0.3
 # K-FAC's defaults, with momentum behind it.
 _KFAC = "damping 0.3, KLClip, refreshed every 10 steps, momentum 0.9"
 _KFAC_GRID = (0.003, 0.01, 0.03, 0.1)
-_FACTORED: dict[str, Any] = {"damping": KFAC_DAMPING}
 
 RECIPES: dict[str, Recipe] = {
     "adam": Recipe(_adam, (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2), "β₁ = 0.9, β₂ = 0.999"),
@@ -192,15 +191,13 @@ RECIPES: dict[str, Recipe] = {
     "egn": Recipe(_plain(cx.methods.egn, damping=_DAMPING), _GRID, _WITH),
     "ggn_direct": Recipe(_plain(cx.methods.ggn_direct, damping=_DAMPING), _GRID, _WITH),
     "newton_direct": Recipe(_plain(cx.methods.newton_direct, damping=_DAMPING), _GRID, _WITH),
-    "kfac": Recipe(
-        _plain(cx.methods.kfac, MOMENTUM, **_FACTORED), _KFAC_GRID, f"rank 0.15, {_KFAC}"
-    ),
+    "kfac": Recipe(_plain(cx.methods.kfac, MOMENTUM), _KFAC_GRID, f"rank 0.15, {_KFAC}"),
     "kfac_full": Recipe(
-        _plain(cx.methods.kfac, MOMENTUM, rank=None, **_FACTORED),
+        _plain(cx.methods.kfac, MOMENTUM, rank=None),
         _KFAC_GRID,
         f"full rank, {_KFAC}",
     ),
-    "ekfac": Recipe(_plain(cx.methods.ekfac, MOMENTUM, **_FACTORED), _KFAC_GRID, _KFAC),
+    "ekfac": Recipe(_plain(cx.methods.ekfac, MOMENTUM), _KFAC_GRID, _KFAC),
     "newton_muon": Recipe(
         _plain(cx.methods.newton_muon),
         (0.001, 0.003, 0.01),

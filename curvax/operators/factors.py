@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_HIGHEST = jax.lax.Precision.HIGHEST
+from curvax._linalg import matmul
 
 
 class Spectrum(eqx.Module):
@@ -84,7 +84,7 @@ class DenseFactor(AbstractFactor):
         return self.values.shape[-1]
 
     def mv(self, columns: Array) -> Array:
-        return _matmul(self.values, columns)
+        return matmul(self.values, columns)
 
     def trace(self) -> Array:
         return jnp.trace(self.values, axis1=1, axis2=2)
@@ -115,9 +115,9 @@ class LowRankFactor(AbstractFactor):
     def mv(self, columns: Array) -> Array:
         assert self.basis is not None
         columns = columns.astype(self.basis.dtype)
-        inside = _matmul(jnp.swapaxes(self.basis, 1, 2), columns)
+        inside = matmul(jnp.swapaxes(self.basis, 1, 2), columns)
         tail = self.tail[:, None, None]
-        return tail * columns + _matmul(self.basis, _matmul(self.core, inside) - tail * inside)
+        return tail * columns + matmul(self.basis, matmul(self.core, inside) - tail * inside)
 
     def trace(self) -> Array:
         rest = self.size - self.core.shape[-1]
@@ -131,7 +131,7 @@ class LowRankFactor(AbstractFactor):
     def spectrum(self) -> Spectrum:
         assert self.basis is not None
         values, vectors = jnp.linalg.eigh(self.core)
-        return Spectrum(_matmul(self.basis, vectors), jnp.maximum(values, 0), self.tail)
+        return Spectrum(matmul(self.basis, vectors), jnp.maximum(values, 0), self.tail)
 
     def slim(self) -> "LowRankFactor":
         return LowRankFactor(None, self.core, self.tail)
@@ -166,10 +166,6 @@ class DiagonalFactor(AbstractFactor):
         return Spectrum(None, self.entries, jnp.zeros_like(self.entries[:, 0]))
 
 
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b.astype(a.dtype), precision=_HIGHEST)
-
-
 def _passes(a: Array, b: Array) -> Array:
     """A product for applying a factor: on a GPU in three passes of bfloat16.
 
@@ -177,10 +173,10 @@ def _passes(a: Array, b: Array) -> Array:
     which is more than what a large eigenvalue leaves of it when it is inverted.
     """
     if a.dtype != jnp.float32:
-        return _matmul(a, b)
+        return matmul(a, b)
     passes = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
     return jax.lax.platform_dependent(
-        a, b, cuda=lambda a, b: jnp.matmul(a, b, precision=passes), default=_matmul
+        a, b, cuda=lambda a, b: jnp.matmul(a, b, precision=passes), default=matmul
     )
 
 
@@ -213,21 +209,21 @@ def sandwich(
     inner_a = input.core - a * eye(input.core)
     across = jnp.swapaxes(q, 1, 2)
     left, right = _passes(across, v), _passes(v, p)
-    both = _matmul(left, p)
+    both = matmul(left, p)
     left_bias = None
     if bias is not None and last is not None:
-        left_bias = _matmul(across, bias)
+        left_bias = matmul(across, bias)
         right, both = right + bias * last, both + left_bias * last
-    tall = jnp.concatenate([a * q, g * right + _matmul(q, _matmul(inner_g, both))], axis=2)
+    tall = jnp.concatenate([a * q, g * right + matmul(q, matmul(inner_g, both))], axis=2)
 
     def wide(left: Array, p: Array) -> Array:
-        return jnp.concatenate([_matmul(inner_g, left), _matmul(inner_a, p)], axis=1)
+        return jnp.concatenate([matmul(inner_g, left), matmul(inner_a, p)], axis=1)
 
     whole = (a * g) * v + _passes(tall, wide(left, jnp.swapaxes(p, 1, 2)))
     if bias is None or left_bias is None or last is None:
         return whole, None
     column = wide(left_bias, jnp.swapaxes(last, 1, 2))
-    return whole, (a * g) * bias + _matmul(tall, column)
+    return whole, (a * g) * bias + matmul(tall, column)
 
 
 def _shifted(matrices: Array, shift: Array) -> Array:
@@ -240,4 +236,4 @@ def _inverse(matrices: Array) -> Array:
     lower = jnp.linalg.cholesky(matrices)
     eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
     half = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-    return _matmul(jnp.swapaxes(half, 1, 2), half)
+    return matmul(jnp.swapaxes(half, 1, 2), half)

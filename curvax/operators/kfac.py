@@ -44,8 +44,7 @@ class AbstractBlockOperator(AbstractSymmetricOperator):
         return True
 
     def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        leaves, treedef = self.structure
-        return jax.tree.unflatten(treedef, leaves)
+        return _tree.thaw(self.structure)
 
     def mv(self, vector: Params) -> Params:
         check_structure("vector", vector, self.in_structure())
@@ -144,10 +143,9 @@ class KroneckerFactored(AbstractBlockOperator):
     ):
         recipe = _recipe(key, None, fisher, samples, sharing, diagonal)
         params, objective = objective.bind(model)
-        objective.check(params, batch, key)
         self.blocks, moments = moments_of(objective, params, batch, key, BlockMoments(recipe))
         self.matrices = tuple(_matrix(block, moments[block.path], fisher) for block in self.blocks)
-        self.structure = _structure(params)
+        self.structure = _tree.freeze(_tree.structure(params))
 
 
 class EigenvalueCorrected(AbstractBlockOperator):
@@ -191,21 +189,26 @@ class EigenvalueCorrected(AbstractBlockOperator):
         )
         recipe = _recipe(key, None, fisher, samples, sharing, diagonal)
         params, objective = objective.bind(model)
-        bases: dict[str, Any] = {}
-        for block, matrix in zip(factored.blocks, factored.matrices, strict=True):
-            if isinstance(matrix, Product):
-                rotated = matrix.spectral()
-                bases[block.path] = (None, None, (rotated.input_basis, rotated.output_basis))
+        spectral = {
+            block.path: matrix.spectral()
+            for block, matrix in zip(factored.blocks, factored.matrices, strict=True)
+            if isinstance(matrix, Product)
+        }
+        bases = {
+            path: (None, None, (rotated.input_basis, rotated.output_basis))
+            for path, rotated in spectral.items()
+        }
         quantity = BlockMoments(recipe, rotated=True)
         _, moments = moments_of(objective, params, batch, key, quantity, lambda _: bases)
-        matrices = []
-        for block, matrix in zip(factored.blocks, factored.matrices, strict=True):
-            if isinstance(matrix, Product):
-                rotated = matrix.spectral()
-                scales = moments[block.path].rotated
-                matrix = Rotated(rotated.output_basis, rotated.input_basis, scales)
-            matrices.append(matrix)
-        self.blocks, self.matrices = factored.blocks, tuple(matrices)
+        corrected = {
+            path: Rotated(rotated.output_basis, rotated.input_basis, moments[path].rotated)
+            for path, rotated in spectral.items()
+        }
+        self.blocks = factored.blocks
+        self.matrices = tuple(
+            corrected.get(block.path, matrix)
+            for block, matrix in zip(factored.blocks, factored.matrices, strict=True)
+        )
         self.structure = factored.structure
 
 
@@ -276,7 +279,7 @@ class LowRankKronecker(AbstractBlockOperator):
             input, output = (memories[block.path, side].factor for side, _ in _forms(block))
             matrices.append(Product(output, input))
         self.matrices = tuple(matrices)
-        self.structure = _structure(params)
+        self.structure = _tree.freeze(_tree.structure(params))
 
 
 def _recipe(key: PRNGKeyArray | None, rank: float | int | None, fisher: Any, *rest: Any) -> Recipe:
@@ -308,8 +311,3 @@ def _factor(moment: Moment) -> AbstractFactor:
 
 def _identity(size: int, like: Array) -> DiagonalFactor:
     return DiagonalFactor(jnp.ones((*like.shape, size), like.dtype))
-
-
-def _structure(params: Params) -> Any:
-    leaves, treedef = jax.tree.flatten(_tree.structure(params))
-    return tuple(leaves), treedef

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from curvax import _tree
+from curvax._linalg import einsum
 from curvax.objective import Params
 from curvax.operators.factors import (
     AbstractFactor,
@@ -72,8 +73,7 @@ class Product(AbstractBlockMatrix):
         return Product(self.output.inverse(shifts[1]), self.input.inverse(shifts[0]))
 
     def power(self, exponent: float, damping: Scalar) -> "Rotated":
-        rotated = self.spectral()
-        return rotated.power(exponent, damping)
+        return self.spectral().power(exponent, damping)
 
     def spectral(self) -> "Rotated":
         """The same block in the eigenbasis of its factors."""
@@ -284,13 +284,9 @@ def _with_tail(spectrum: Spectrum) -> Array:
 
 def _rows(u: Array | None, v: Array, *, back: bool) -> Array:
     """Uᵀ V, or `back` U V."""
-    return v if u is None else _dot("smk,skn->smn" if back else "smk,smn->skn", u, v)
+    return v if u is None else einsum("smk,skn->smn" if back else "smk,smn->skn", u, v)
 
 
 def _columns(w: Array | None, v: Array, *, back: bool) -> Array:
     """V W, or `back` V Wᵀ."""
-    return v if w is None else _dot("skl,snl->skn" if back else "skn,snl->skl", v, w)
-
-
-def _dot(equation: str, *operands: Array) -> Array:
-    return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
+    return v if w is None else einsum("skl,snl->skn" if back else "skn,snl->skl", v, w)

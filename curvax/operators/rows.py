@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from curvax._jaxpr import evaluate, is_literal
+from curvax._linalg import einsum
 from curvax.objective import Objective, Params
 
 # These only move or negate the entries of a leaf, which leaves its inner products as they are.
@@ -83,7 +84,7 @@ def row_gram(
         else:
             leaf, axis = next(values)
             leaf = leaf.astype(total.dtype).reshape(batch, columns if axis == 0 else 1, -1)
-            total = total + _dot("bik,cjk->bicj", leaf, leaf)
+            total = total + einsum("bik,cjk->bicj", leaf, leaf)
     return total.reshape(batch * columns, batch * columns)
 
 
@@ -97,15 +98,11 @@ def _gram_of_product(term: _Product, lhs: tuple, rhs: tuple, dtype: Any) -> Arra
         a, b = a[..., 0, :], b[..., 0, :]
         if a.shape[2] == 1:
             a, b = a[:, :, 0], b[:, :, 0]
-            return _dot("bik,cjk->bicj", a, a) * _dot("bik,cjk->bicj", b, b)
-        return jnp.sum(_dot("bigk,cjgk->gbicj", a, a) * _dot("bigk,cjgk->gbicj", b, b), 0)
+            return einsum("bik,cjk->bicj", a, a) * einsum("bik,cjk->bicj", b, b)
+        return jnp.sum(einsum("bigk,cjgk->gbicj", a, a) * einsum("bigk,cjgk->gbicj", b, b), 0)
     return jnp.sum(
-        _dot("bigtk,cjguk->gbictju", a, a) * _dot("bigtk,cjguk->gbictju", b, b), axis=(0, 4, 6)
+        einsum("bigtk,cjguk->gbictju", a, a) * einsum("bigtk,cjguk->gbictju", b, b), axis=(0, 4, 6)
     )
-
-
-def _dot(equation: str, *operands: Array) -> Array:
-    return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
 def _find_product(var: Any, producers: dict[Any, Any]) -> Any:

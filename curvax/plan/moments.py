@@ -88,18 +88,16 @@ class BlockMoments(AbstractQuantity):
     def mine(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
         """The blocks of this slot."""
         kept = tuple(b for b in blocks if isinstance(b, KroneckerBlock)) if self.rotated else blocks
-        return tuple(b for b in kept if slot_of(b, blocks, self.slots) == self.slot)
+        slots = deal(blocks, self.slots)
+        return tuple(b for b in kept if slots[b.path] == self.slot)
 
     def compute(self, scope: Scope) -> Moments:
-        at = scope.curvature
-        moments = at.tapped(self).moments
-        return {block.path: moments[block.path] for block in self.mine(at.tapped(self).all_blocks)}
+        at = scope.curvature.tapped(self)
+        return {block.path: at.moments[block.path] for block in self.mine(at.all_blocks)}
 
 
-def slot_of(block: Block, blocks: tuple[Block, ...], slots: int) -> int:
-    """Blocks are dealt out, largest first, to the slot with the least work so far."""
-    if slots == 1:
-        return 0
+def deal(blocks: tuple[Block, ...], slots: int) -> dict[str, int]:
+    """The slot of each block, by path: largest first, to the slot with the least work so far."""
 
     def work(block: Block) -> int:
         if not isinstance(block, KroneckerBlock):
@@ -108,13 +106,11 @@ def slot_of(block: Block, blocks: tuple[Block, ...], slots: int) -> int:
             form.size * max(form.rank, 1) for form in (block.input, block.output)
         )
 
-    loads = [0] * slots
-    for each in sorted(blocks, key=lambda b: (-work(b), b.path)):
-        lightest = loads.index(min(loads))
-        if each.path == block.path:
-            return lightest
-        loads[lightest] += work(each)
-    raise AssertionError(f"{block.path} is none of the blocks.")
+    loads, dealt = [0] * slots, {}
+    for work_of, path in sorted(((work(b), b.path) for b in blocks), key=lambda b: (-b[0], b[1])):
+        dealt[path] = loads.index(min(loads))
+        loads[dealt[path]] += work_of
+    return dealt
 
 
 class TappedScope:
@@ -149,7 +145,7 @@ class TappedScope:
     def pulled(self) -> Any:
         """The gradient without its l2 term, and the statistics of its backward pass."""
         if self._pulled is None:
-            self._pulled = self.run.pull(self._scope.score(self.run.linearisation))
+            self._pulled = self.run.pull(self._scope.objective.score_of(self.run.linearisation))
         return self._pulled
 
     @property
@@ -191,7 +187,6 @@ def moments_of(
     bases: Any = None,
 ) -> tuple[tuple[Block, ...], Moments]:
     """The blocks of a model and their moments on one batch, outside of any plan."""
-    scope = Scope(objective, params, batch, key)
-    scope.bases = bases
+    scope = Scope(objective, params, batch, key, bases=bases)
     tapped = TappedScope(scope, (quantity,))
     return tapped.all_blocks, tapped.moments

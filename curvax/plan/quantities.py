@@ -104,10 +104,6 @@ class Scope:
             return self.objective.add_l2(self._gradient_taps.pulled[0], self.params)
         return self.objective.gradient_of(self.linearisation)
 
-    def score(self, linearisation: Linearisation) -> Array:
-        """The cotangent of the outputs that pulls back to the gradient."""
-        return self.objective.score_of(linearisation)
-
     def inside_branch(self) -> "Scope":
         """A scope for a branch of `lax.cond`: it may read what is there, but what it adds must
         not leak out of the branch.

@@ -37,19 +37,6 @@ class AbstractArrangement(abc.ABC):
     @abc.abstractmethod
     def output_rows(self, g: Array, lead: int) -> Rows: ...
 
-    def project(self, x: Array, basis: Float[Array, "stack n k"], lead: int) -> Rows:
-        """The input rows times a basis."""
-        return product("sbpn,snk->sbpk", self.input_rows(x, lead), basis)
-
-    def collect(self, x: Array, rows: Rows, lead: int) -> Float[Array, "stack n k"]:
-        """The transposed input rows times other rows."""
-        return product("sbpn,sbpk->snk", self.input_rows(x, lead), rows)
-
-    def square_sum(self, x: Array, lead: int) -> Float[Array, " stack"]:
-        """The sum of the squares of all input rows."""
-        rows = self.input_rows(x, lead)
-        return jnp.sum(jnp.square(rows.astype(accumulator(rows))), axis=(1, 2, 3))
-
 
 @dataclasses.dataclass(frozen=True)
 class Dense(AbstractArrangement):
@@ -78,8 +65,10 @@ class Convolution(AbstractArrangement):
 
     def input_rows(self, x: Array, lead: int) -> Rows:
         """Patches (im2col), by one strided slice for each place of the kernel."""
-        x = self._channels_last(x, lead)
-        config = [(low, high, d - 1) for (low, high), d in self._paddings()]
+        batch, feature, *spatial = self.numbers.lhs_spec
+        x = _lead_merged(x, lead, (batch, *spatial, feature))
+        paddings = zip(self.padding, self.input_dilation, strict=True)
+        config = [(low, high, d - 1) for (low, high), d in paddings]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
         places = [
             (size - ((k - 1) * d + 1)) // stride + 1
@@ -100,22 +89,15 @@ class Convolution(AbstractArrangement):
         images, channels = x.shape[0], x.shape[-1]
         rows = rows.reshape(images, math.prod(places), self.stack, channels // self.stack, -1)
         rows = jnp.moveaxis(rows, 2, 0)
-        return self._split_batch(rows.reshape(*rows.shape[:3], self.inputs), lead)
+        return self._split_batch(rows.reshape(*rows.shape[:3], self.inputs))
 
     def output_rows(self, g: Array, lead: int) -> Rows:
         batch, feature, *spatial = self.numbers.out_spec
         g = _lead_merged(g, lead, (batch, *spatial, feature))
         g = g.reshape(g.shape[0], -1, self.stack, self.outputs)
-        return self._split_batch(jnp.moveaxis(g, 2, 0), lead)
+        return self._split_batch(jnp.moveaxis(g, 2, 0))
 
-    def _paddings(self) -> Any:
-        return zip(self.padding, self.input_dilation, strict=True)
-
-    def _channels_last(self, x: Array, lead: int) -> Array:
-        batch, feature, *spatial = self.numbers.lhs_spec
-        return _lead_merged(x, lead, (batch, *spatial, feature))
-
-    def _split_batch(self, rows: Array, lead: int) -> Rows:
+    def _split_batch(self, rows: Array) -> Rows:
         # An image that the model put into a batch of its own counts as more positions.
         stack, images, places, features = rows.shape
         own = self.positions // places

@@ -258,7 +258,7 @@ def _kronecker(
         views.setdefault(use.view, []).append(use)
     if len(views) == 1 and not products[0].view.partial:
         return [_block(leaf, path, products, (False,) * len(products), rank)]
-    if all(view.partial for view in views) and _tile(views, struct):
+    if all(view.partial for view in views) and _tile(views):
         return [
             _block(leaf, f"{path}[{i}]", group, (False,) * len(group), rank)
             for i, group in enumerate(views.values())
@@ -298,7 +298,7 @@ def _without_bias(block: Block) -> Block:
     return dataclasses.replace(block, bias=None, bias_view=None, input=input)
 
 
-def _tile(views: Mapping[View, Any], struct: Any) -> bool:
+def _tile(views: Mapping[View, Any]) -> bool:
     """Whether slices of a leaf leave nothing out and do not overlap."""
     first = next(iter(views))
     if any(v.outside != first.outside or v.depth != first.depth for v in views):

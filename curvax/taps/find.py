@@ -434,9 +434,6 @@ def _elementwise(
     view = _spread(view, eqn)
     if any(kind == "broadcast" for kind, _, _ in view.outside.operations):
         return None
-    shape = eqn.outvars[0].aval.shape
-    if view.shape != shape:  # axes of length 1 are broadcast by the operation itself
-        view = view.then("broadcast", (shape, tuple(range(len(shape)))), shape)
     scale = eqn.primitive.name == "mul"
     size = math.prod(view.base)
     arrangement = Elementwise(1, 1, size, math.prod(view.shape) // max(size, 1), view, scale)

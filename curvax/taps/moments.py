@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from curvax import _tree
 from curvax._convolution import loop_safe
@@ -53,7 +53,7 @@ class TappedPass(eqx.Module):
         """Jᵀu, and the statistics of that backward pass."""
         at = self.linearisation
         transpose = jax.linear_transpose(
-            self.tangent, _tree.structure(at.params), _thawed(self.probes)
+            self.tangent, _tree.structure(at.params), _tree.thaw(self.probes)
         )
         return transpose(cotangent.astype(at.outputs.dtype))
 
@@ -63,21 +63,7 @@ class _ParamsTangent(eqx.Module):
     probes: Any = eqx.field(static=True)
 
     def __call__(self, vector: Params) -> Array:
-        return self.tangent(vector, _zeros(_thawed(self.probes)))
-
-
-def _frozen(tree: PyTree[jax.ShapeDtypeStruct]) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    return tuple(leaves), treedef
-
-
-def _thawed(frozen: Any) -> Any:
-    leaves, treedef = frozen
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def _zeros(structs: Any) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structs)
+        return self.tangent(vector, _tree.zeros_like(_tree.thaw(self.probes)))
 
 
 def tapped_pass(
@@ -95,7 +81,6 @@ def tapped_pass(
     `bases` holds, for each path of a Kronecker block, the bases of its (input, output) sketches,
     each (stack, n, k) or None, or a third entry: the eigenbases of both sides instead.
     """
-    objective.check(params, batch, key)
     example = objective.example(batch)
     dtype = _tree.accumulation_dtype(_tree.common_dtype(params))
     taps, shared = {}, {}
@@ -127,14 +112,10 @@ def tapped_pass(
         return jax.vmap(one)(example.x, keys, weights)
 
     structs = {name: probes for name, (probes, _) in shared.items()}
-    primal, tangent = jax.linearize(outputs, params, _zeros(structs))
-    target = jax.tree.map(jnp.asarray, example.target)
-    values = jax.eval_shape(objective.loss.value, primal, target)
-    coefficients = objective.coefficients(example, values)
-    frozen = _frozen(structs)
+    primal, tangent = jax.linearize(outputs, params, _tree.zeros_like(structs))
+    frozen = _tree.freeze(structs)
     alone = _ParamsTangent(tangent, frozen)
-    at = Linearisation(params, primal, target, coefficients, alone)
-    return TappedPass(at, tangent, frozen)
+    return TappedPass(objective.linearised(params, example, primal, alone), tangent, frozen)
 
 
 def _rule(

@@ -130,22 +130,22 @@ class Statistics:
     def _sketch(
         self, x: Array, weights: Array | None, basis: Array, lead: int
     ) -> tuple[Array, Array]:
-        """The sketch without rows of its own for a convolution's patches or the coordinate 1."""
-        arrangement = self.arrangement
+        """The sketch, without a copy of the rows for the coordinate 1."""
+        inputs = self.arrangement.input_rows(x, lead)
         body, last = (basis[:, :-1], basis[:, -1:]) if self.bias else (basis, None)
         low = body if x.dtype.itemsize >= body.dtype.itemsize else body.astype(x.dtype)
-        rows = arrangement.project(x, low, lead)
+        rows = product("sbpn,snk->sbpk", inputs, low)
         if last is not None:
             rows = rows + last[:, None].astype(rows.dtype)
         if weights is None:
-            trace = arrangement.square_sum(x, lead)
+            trace = jnp.sum(jnp.square(inputs.astype(accumulator(inputs))), axis=(1, 2, 3))
             total = jnp.asarray(rows.shape[1] * rows.shape[2], trace.dtype)
         else:
             rows = rows * weights[None, :, None, None].astype(rows.dtype)
-            square = jnp.square(arrangement.input_rows(x, lead).astype(rows.dtype))
+            square = jnp.square(inputs.astype(rows.dtype))
             trace = jnp.einsum("sbpn,b->s", square, weights.astype(rows.dtype))
             total = jnp.sum(weights) * rows.shape[2]
-        sketch = arrangement.collect(x, rows.astype(x.dtype), lead)
+        sketch = product("sbpn,sbpk->snk", inputs, rows.astype(x.dtype))
         if last is not None:
             sketch = jnp.concatenate([sketch, jnp.sum(rows, axis=(1, 2))[:, None]], axis=1)
             trace = trace + total.astype(trace.dtype)
