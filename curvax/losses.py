@@ -301,12 +301,13 @@ class SoftmaxCrossEntropy(AbstractLoss):
         if jnp.issubdtype(targets.dtype, jnp.integer):
             # Compared, not gathered: an index would be clamped or wrapped, and XLA fuses the
             # comparison into the sum over classes, also where these are sharded.
-            dtype = np.promote_types(targets.dtype, np.int32)
-            classes = jax.lax.broadcasted_iota(dtype, z.shape, z.ndim - 1)
-            hit = targets.astype(dtype)[..., None] == classes
-            y = jnp.where(jnp.any(hit, axis=-1, keepdims=True), hit.astype(z.dtype), jnp.nan)
-        else:
-            y = targets.astype(z.dtype)
+            label = targets.astype(np.promote_types(targets.dtype, np.int32))[..., None]
+            named = (label >= 0) & (label < z.shape[-1])
+            hit = label == jax.lax.broadcasted_iota(label.dtype, z.shape, z.ndim - 1)
+            # Selected, not multiplied: XLA takes NaN · 0 for 0 where it knows the 0.
+            y, s = (jnp.where(named, x.astype(z.dtype), jnp.nan) for x in (hit, named))
+            return y, s
+        y = targets.astype(z.dtype)
         return y, jnp.sum(y, axis=-1, keepdims=True)
 
     def _sqrt_parts(self, outputs: Events, targets: Array) -> tuple[Array, Array, Array]:

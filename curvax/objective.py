@@ -442,8 +442,11 @@ class Objective(eqx.Module):
 
     def score_of(self, linearisation: Linearisation) -> Array:
         """c·∇ℓ, the cotangent of the outputs that Jᵀ takes to the gradient without l2."""
-        scores = self.loss.gradient(linearisation.outputs, linearisation.targets)
-        return weigh(linearisation.coefficients, scores)
+        outputs = linearisation.outputs
+        # Weighed before they are rounded to the outputs' dtype: once, and with autodiff's kernels.
+        wide = outputs.astype(_tree.accumulation_dtype(outputs.dtype))
+        scores = weigh(linearisation.coefficients, self.loss.gradient(wide, linearisation.targets))
+        return scores.astype(outputs.dtype)
 
     def add_l2(self, product: Params, vector: Params) -> Params:
         """Adds the l2 term's share, l2·v, to a product."""

@@ -5,16 +5,21 @@ the stack that failed stays as it was, and is counted. Factors of equal form are
 batched call.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from curvax import _tree
-from curvax._linalg import matmul
-from curvax.operators.factors import AbstractFactor, DenseFactor, DiagonalFactor, LowRankFactor
+from curvax._linalg import cholesky, joined, matmul, spans, transposed
+from curvax.operators.factors import (
+    AbstractFactor,
+    DenseFactor,
+    DiagonalFactor,
+    LowRankFactor,
+    inverses,
+)
 from curvax.taps.blocks import Form
 from curvax.taps.statistics import Moment
 
@@ -59,7 +64,7 @@ def first_factor(form: Form, stack: int, dtype: Any, seed: int) -> FactorMemory:
     # A basis to start from: any will do, as the first sketch turns it towards the range.
     key = jax.random.fold_in(jax.random.key(0), seed)
     draw = jax.random.normal(key, (stack, form.size, form.rank), jnp.float32).astype(dtype)
-    basis = _orthonormal(draw)
+    ((basis, _),) = _orthonormal([draw])
     factor = LowRankFactor(basis, zero, jnp.zeros((stack,), dtype))
     inverse = LowRankFactor(None, eye, jnp.ones((stack,), dtype))
     return FactorMemory(factor, inverse, count(), count())
@@ -77,112 +82,161 @@ def refresh(
 ) -> list[FactorMemory]:
     """The factors after their moments came in; inverses stay as they are."""
 
-    def one(memory: FactorMemory, moment: Moment) -> FactorMemory:
-        past = weight_of_past(decay, memory.updates, moment.trace.dtype)
-        factor = _averaged(memory.factor, moment, past)
-        ok = _finite_each(factor)
-        new = memory._replace(factor=_pick(ok, factor, memory.factor))
-        return new._replace(
-            updates=memory.updates + ok.astype(jnp.int32),
-            failures=memory.failures + (~ok).astype(jnp.int32),
-        )
+    def all_of(memories: list[FactorMemory], moments: list[Moment]) -> list[FactorMemory]:
+        pasts = [
+            weight_of_past(decay, m.updates, x.trace.dtype) for m, x in _pairs(memories, moments)
+        ]
+        factors = [memory.factor for memory in memories]
+        results = []
+        for memory, factor in _pairs(memories, _averaged(factors, moments, pasts)):
+            ok = _finite_each(factor)
+            new = memory._replace(factor=_pick(ok, factor, memory.factor))
+            results.append(_counted(new, memory.updates + ok.astype(jnp.int32), ok))
+        return results
 
-    return _batched(one, memories, moments)
+    return _batched(all_of, memories, moments)
 
 
 def invert(memories: Sequence[FactorMemory], shifts: Sequence[Array]) -> list[FactorMemory]:
     """The factors with damped inverses anew; a shift that is not enough is raised."""
 
-    def one(memory: FactorMemory, shift: Array) -> FactorMemory:
-        def attempt(more: Array) -> AbstractFactor:
-            return memory.factor.inverse(shift * more).slim()
+    def all_of(memories: list[FactorMemory], shifts: list[Array]) -> list[FactorMemory]:
+        def attempt(more: list[Array]) -> list[AbstractFactor]:
+            factors = [memory.factor for memory in memories]
+            raised = [shift * times for shift, times in _pairs(shifts, more)]
+            return [inverse.slim() for inverse in inverses(factors, raised)]
 
-        inverse, ok = _escalate(attempt, shift.shape[0], shift.dtype, 1.0)
-        new = memory._replace(inverse=_pick(ok, inverse, memory.inverse))
-        return new._replace(failures=memory.failures + (~ok).astype(jnp.int32))
+        results = []
+        done = _escalate(attempt, [jnp.ones_like(shift) for shift in shifts])
+        for memory, (inverse, ok) in _pairs(memories, done):
+            new = memory._replace(inverse=_pick(ok, inverse, memory.inverse))
+            results.append(_counted(new, memory.updates, ok))
+        return results
 
-    return _batched(one, memories, shifts)
-
-
-def _averaged(factor: AbstractFactor, moment: Moment, past: Array) -> AbstractFactor:
-    if isinstance(factor, LowRankFactor):
-        return _low_rank(factor, moment, past)
-    if isinstance(factor, DiagonalFactor):
-        past = past[:, None].astype(factor.entries.dtype)
-        return DiagonalFactor(past * factor.entries + (1 - past) * moment.product)
-    assert isinstance(factor, DenseFactor)
-    past = past[:, None, None].astype(factor.values.dtype)
-    mixed = past * factor.values + (1 - past) * moment.product
-    return DenseFactor((mixed + jnp.swapaxes(mixed, 1, 2)) / 2)
+    return _batched(all_of, memories, shifts)
 
 
-def _low_rank(factor: LowRankFactor, moment: Moment, past: Array) -> LowRankFactor:
-    """One pass of a Nyström approximation of the moving average, in the basis that it has.
+def _counted(memory: FactorMemory, updates: Array, ok: Array) -> FactorMemory:
+    return memory._replace(updates=updates, failures=memory.failures + (~ok).astype(jnp.int32))
+
+
+def _averaged(
+    factors: list[AbstractFactor], moments: list[Moment], pasts: list[Array]
+) -> list[AbstractFactor]:
+    results = list(factors)
+    for i, (factor, moment, past) in enumerate(zip(factors, moments, pasts, strict=True)):
+        if isinstance(factor, DiagonalFactor):
+            past = past[:, None].astype(factor.entries.dtype)
+            results[i] = DiagonalFactor(past * factor.entries + (1 - past) * moment.product)
+        elif isinstance(factor, DenseFactor):
+            past = past[:, None, None].astype(factor.values.dtype)
+            mixed = past * factor.values + (1 - past) * moment.product
+            results[i] = DenseFactor((mixed + transposed(mixed)) / 2)
+    thin = {i: factor for i, factor in enumerate(factors) if isinstance(factor, LowRankFactor)}
+    if thin:
+        new = _low_rank(list(thin.values()), [moments[i] for i in thin], [pasts[i] for i in thin])
+        for i, factor in _pairs(thin, new):
+            results[i] = factor
+    return results
+
+
+def _low_rank(
+    factors: list[LowRankFactor], moments: list[Moment], pasts: list[Array]
+) -> list[LowRankFactor]:
+    """One pass of a Nyström approximation of each moving average, in the basis that it has.
 
     Y = (past·F + (1 − past)·XᵀX) Q needs only the core of F and the sketch of XᵀX; B Bᵀ with
     B = Y (QᵀY)^(−T/2) is the Nyström approximation, and the trace is kept by the tail.
     """
-    q = factor.basis
-    assert q is not None
-    dtype = q.dtype
-    past = past.astype(dtype)
-    trace = past * factor.trace() + (1 - past) * moment.trace
-    wide = past[:, None, None]
-    y = wide * matmul(q, factor.core) + (1 - wide) * moment.product.astype(dtype)
-    # A multiple of the identity, of the size of rounding errors, so that inputs that are always
-    # zero leave nothing singular.
-    unit = jnp.finfo(dtype).eps * q.shape[1] ** 0.5 * jnp.sqrt(jnp.sum(y * y, axis=(1, 2)))
-    unit = jnp.maximum(unit, jnp.finfo(dtype).tiny)
+    bases = [cast(Array, factor.basis) for factor in factors]
+    sketches, cores, traces, units = [], [], [], []
+    for factor, q, moment, past in zip(factors, bases, moments, pasts, strict=True):
+        dtype = q.dtype
+        past = past.astype(dtype)
+        traces.append(past * factor.trace() + (1 - past) * moment.trace)
+        wide = past[:, None, None]
+        y = wide * matmul(q, factor.core) + (1 - wide) * moment.product.astype(dtype)
+        core = matmul(transposed(q), y)
+        sketches.append(y)
+        cores.append((core + transposed(core)) / 2)
+        # A multiple of the identity, of the size of rounding errors, so that inputs that are
+        # always zero leave nothing singular.
+        unit = jnp.finfo(dtype).eps * q.shape[1] ** 0.5 * jnp.sqrt(jnp.sum(y * y, axis=(1, 2)))
+        units.append(jnp.maximum(unit, jnp.finfo(dtype).tiny))
 
-    def attempt(ridge: Array) -> LowRankFactor:
-        lifted = y + (unit * ridge)[:, None, None] * q
-        core = matmul(_t(q), lifted)
-        b = _right_solve(lifted, jnp.linalg.cholesky((core + _t(core)) / 2))
-        basis = _orthonormal(b)
-        root = matmul(_t(basis), b)
-        core = matmul(root, _t(root))
-        rest = max(q.shape[1] - q.shape[2], 1)
-        tail = (trace - jnp.trace(core, axis1=1, axis2=2)) / rest
-        return LowRankFactor(basis, core, jnp.maximum(tail, 0))
+    def attempt(ridges: list[Array]) -> list[LowRankFactor]:
+        lifts = [(unit * ridge)[:, None, None] for unit, ridge in _pairs(units, ridges)]
+        shifted = [
+            core + lift * jnp.eye(core.shape[-1], dtype=core.dtype)[None]
+            for core, lift in _pairs(cores, lifts)
+        ]
+        tall = [
+            matmul(y + lift * q, transposed(half))
+            for y, lift, q, (_, half) in zip(sketches, lifts, bases, cholesky(shifted), strict=True)
+        ]
+        results = []
+        for (basis, root), trace in _pairs(_orthonormal(tall), traces):
+            core = matmul(root, transposed(root))
+            rest = max(basis.shape[1] - basis.shape[2], 1)
+            tail = (trace - jnp.trace(core, axis1=1, axis2=2)) / rest
+            results.append(LowRankFactor(basis, core, jnp.maximum(tail, 0)))
+        return results
 
-    new, _ = _escalate(attempt, q.shape[0], dtype, 10.0)
-    # Nothing has come in yet that has a range: keep the basis.
-    return _pick(trace > 0, new, LowRankFactor(q, jnp.zeros_like(factor.core), trace))
+    ridges = [jnp.full_like(unit, 10.0) for unit in units]
+    results = []
+    for factor, q, trace, (new, _) in zip(
+        factors, bases, traces, _escalate(attempt, ridges), strict=True
+    ):
+        # Nothing has come in yet that has a range: keep the basis.
+        same = LowRankFactor(q, jnp.zeros_like(factor.core), trace)
+        results.append(_pick(trace > 0, new, same))
+    return results
 
 
-def _orthonormal(b: Array) -> Array:
-    """An orthonormal basis of the columns, by Cholesky QR done twice (Yamamoto et al. 2015)."""
+def _orthonormal(stacks: list[Array]) -> list[tuple[Array, Array]]:
+    """Orthonormal Q and square R with B = Q R, by Cholesky QR done twice (Yamamoto et al. 2015)."""
+    results: list[Any] = [(b, None) for b in stacks]
     for _ in range(2):
-        gram = matmul(_t(b), b)
-        scale = jnp.trace(gram, axis1=1, axis2=2) * jnp.finfo(b.dtype).eps
-        eye = jnp.eye(gram.shape[-1], dtype=b.dtype)
-        b = _right_solve(b, jnp.linalg.cholesky(gram + scale[:, None, None] * eye[None]))
-    return b
-
-
-def _right_solve(b: Array, lower: Array) -> Array:
-    """B L⁻ᵀ."""
-    return jax.lax.linalg.triangular_solve(lower, b, left_side=False, lower=True, transpose_a=True)
+        lifted = []
+        for q, _ in results:
+            gram = matmul(transposed(q), q)
+            scale = jnp.trace(gram, axis1=1, axis2=2) * jnp.finfo(gram.dtype).eps
+            eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+            lifted.append(gram + scale[:, None, None] * eye[None])
+        before, results = results, []
+        for (q, r), (lower, half) in _pairs(before, cholesky(lifted)):
+            upper = transposed(lower)
+            results.append((matmul(q, transposed(half)), upper if r is None else matmul(upper, r)))
+    return results
 
 
 def _escalate(
-    attempt: Callable[[Array], Any], stack: int, dtype: Any, start: float
-) -> tuple[Any, Bool[Array, " stack"]]:
-    """`attempt(ridge)`, with a ridge ten times as large for each matrix that came to nothing."""
+    attempt: Callable[[list[Array]], list[Any]], ridges: list[Array]
+) -> list[tuple[Any, Bool[Array, " stack"]]]:
+    """`attempt(ridges)`, with a ridge ten times as large for each matrix that came to nothing."""
 
     def again(carry: Any) -> Any:
-        ridge, result, ok, tries = carry
-        new = attempt(ridge)
-        fine = _finite_each(new)
-        result = _pick(fine & ~ok, new, result)
-        return jnp.where(fine, ridge, 10 * ridge), result, ok | fine, tries + 1
+        ridges, results, oks, tries = carry
+        new = attempt(ridges)
+        fine = [_finite_each(each) for each in new]
+        results = [
+            _pick(now & ~ok, each, result)
+            for now, ok, each, result in zip(fine, oks, new, results, strict=True)
+        ]
+        ridges = [jnp.where(now, ridge, 10 * ridge) for now, ridge in _pairs(fine, ridges)]
+        return ridges, results, [ok | now for ok, now in _pairs(oks, fine)], tries + 1
 
-    ridge = jnp.full((stack,), start, dtype)
-    empty = _tree.zeros_like(jax.eval_shape(attempt, ridge))
-    begin = (ridge, empty, jnp.zeros((stack,), bool), jnp.zeros((), jnp.int32))
-    more = lambda carry: (~jnp.all(carry[2])) & (carry[3] < ATTEMPTS)
-    _, result, ok, _ = jax.lax.while_loop(more, again, begin)
-    return _pick(ok, result, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), result)), ok
+    def more(carry: Any) -> Array:
+        _, _, oks, tries = carry
+        return ~jnp.all(jnp.concatenate(oks)) & (tries < ATTEMPTS)
+
+    empty = [
+        jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), each)
+        for each in jax.eval_shape(attempt, ridges)
+    ]
+    begin = (ridges, empty, [jnp.zeros(r.shape, bool) for r in ridges], jnp.zeros((), jnp.int32))
+    _, results, oks, _ = jax.lax.while_loop(more, again, begin)
+    return list(_pairs(results, oks))
 
 
 def _finite_each(tree: Any) -> Bool[Array, " stack"]:
@@ -200,26 +254,30 @@ def _pick(ok: Bool[Array, " stack"], new: Any, old: Any) -> Any:
     )
 
 
-def _batched(function: Any, memories: Sequence[FactorMemory], others: Sequence[Any]) -> list[Any]:
+def _batched(
+    function: Callable[[list[FactorMemory], list[Any]], list[FactorMemory]],
+    memories: Sequence[FactorMemory],
+    others: Sequence[Any],
+) -> list[FactorMemory]:
     """`function` on all memories, those of equal form together in one stack."""
     groups: dict[Any, list[int]] = {}
     for i, memory in enumerate(memories):
         shapes = tuple((*leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(memory))
         groups.setdefault((jax.tree.structure(memory), shapes), []).append(i)
-    results: list[Any] = [None] * len(memories)
-    for members in groups.values():
-        join = lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        stacked = jax.tree.map(join, *(memories[i] for i in members))
-        other = jax.tree.map(join, *(others[i] for i in members))
-        done = function(stacked, other)
-        start = 0
-        for i in members:
-            stack = memories[i].updates.shape[0]
-            cut = lambda leaf, a=start, b=start + stack: leaf[a:b]
-            results[i] = jax.tree.map(cut, done) if len(members) > 1 else done
-            start += stack
+    if not groups:
+        return []
+    join = lambda members: lambda *parts: joined(parts) if len(members) > 1 else parts[0]
+    stacked = [
+        [jax.tree.map(join(members), *(each[i] for i in members)) for members in groups.values()]
+        for each in (memories, others)
+    ]
+    results = list(memories)
+    for members, done in _pairs(groups.values(), function(*stacked)):
+        stacks = [memories[i].updates for i in members]
+        for i, span in _pairs(members, spans(stacks)):
+            results[i] = jax.tree.map(lambda leaf, span=span: leaf[span], done)
     return results
 
 
-def _t(a: Array) -> Array:
-    return jnp.swapaxes(a, -1, -2)
+def _pairs(first: Iterable[Any], second: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(first, second, strict=True)

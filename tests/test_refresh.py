@@ -231,7 +231,7 @@ def test_low_rank_forms_nothing_of_n_by_n():
 
     def run(memory, moment, shift):
         new = invert(refresh([memory], [moment], 0.9), [shift])[0]
-        return new, new.damped_inverse.mv(jnp.ones((2, n, 3), jnp.float32))
+        return new, new.damped_inverse.along(jnp.ones((2, n, 3), jnp.float32), 1)
 
     closed = jax.make_jaxpr(run)(memory, moment, jnp.ones(2, jnp.float32))
     outputs = [v.aval for eqn in equations(closed.jaxpr) for v in eqn.outvars]

@@ -5,13 +5,17 @@ matrix, what it is when damped and inverted (a factor of the same form), and wha
 """
 
 import abc
+from collections.abc import Sequence
+from typing import cast
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from curvax._linalg import matmul
+from curvax._linalg import applied, applied_to, inverse, matmul, transposed
+
+# A symmetric matrix times the columns (axis 1) or the rows (axis 2) of another.
+_ALONG = {1: "snm,smp->snp", 2: "snm,spm->spn"}
 
 
 class Spectrum(eqx.Module):
@@ -40,15 +44,25 @@ class AbstractFactor(eqx.Module):
         """n."""
 
     @abc.abstractmethod
-    def mv(self, columns: Float[Array, "stack n p"]) -> Float[Array, "stack n p"]:
-        """The product with each column."""
+    def along(self, matrices: Float[Array, "stack a b"], axis: int) -> Float[Array, "stack a b"]:
+        """The product with each column (axis 1) or each row (axis 2)."""
 
     @abc.abstractmethod
     def trace(self) -> Float[Array, " stack"]: ...
 
+    def held(self) -> Float[Array, "stack k k"] | None:
+        """The matrices that are factorised to invert this; None if there are none."""
+        return None
+
     @abc.abstractmethod
+    def inverted(
+        self, shift: Float[Array, " stack"], inverse: Float[Array, "stack k k"] | None
+    ) -> "AbstractFactor":
+        """(F + shift·I)⁻¹, given the inverse of what is `held` plus the shift."""
+
     def inverse(self, shift: Float[Array, " stack"]) -> "AbstractFactor":
         """(F + shift·I)⁻¹, by Cholesky."""
+        return inverses([self], [shift])[0]
 
     @abc.abstractmethod
     def spectrum(self) -> Spectrum:
@@ -57,7 +71,7 @@ class AbstractFactor(eqx.Module):
     def matrix(self) -> Float[Array, "stack n n"]:
         """The dense matrices."""
         eye = jnp.eye(self.size, dtype=self.trace().dtype)
-        return self.mv(jnp.broadcast_to(eye, (self.trace().shape[0], *eye.shape)))
+        return self.along(jnp.broadcast_to(eye, (self.trace().shape[0], *eye.shape)), 1)
 
     def diagonal(self) -> Float[Array, "stack n"]:
         return jnp.diagonal(self.matrix(), axis1=1, axis2=2)
@@ -83,8 +97,9 @@ class DenseFactor(AbstractFactor):
     def size(self) -> int:
         return self.values.shape[-1]
 
-    def mv(self, columns: Array) -> Array:
-        return matmul(self.values, columns)
+    def along(self, matrices: Array, axis: int) -> Array:
+        columns = matrices.astype(self.values.dtype)
+        return applied(_ALONG[axis], self.values, columns)
 
     def trace(self) -> Array:
         return jnp.trace(self.values, axis1=1, axis2=2)
@@ -92,8 +107,12 @@ class DenseFactor(AbstractFactor):
     def matrix(self) -> Array:
         return self.values
 
-    def inverse(self, shift: Array) -> "DenseFactor":
-        return DenseFactor(_inverse(_shifted(self.values, shift)))
+    def held(self) -> Array:
+        return self.values
+
+    def inverted(self, shift: Array, inverse: Array | None) -> "DenseFactor":
+        assert inverse is not None
+        return DenseFactor(inverse)
 
     def spectrum(self) -> Spectrum:
         values, vectors = jnp.linalg.eigh(self.values)
@@ -112,21 +131,25 @@ class LowRankFactor(AbstractFactor):
         assert self.basis is not None
         return self.basis.shape[-2]
 
-    def mv(self, columns: Array) -> Array:
+    def along(self, matrices: Array, axis: int) -> Array:
         assert self.basis is not None
-        columns = columns.astype(self.basis.dtype)
-        inside = matmul(jnp.swapaxes(self.basis, 1, 2), columns)
+        matrices = matrices.astype(self.basis.dtype)
         tail = self.tail[:, None, None]
-        return tail * columns + matmul(self.basis, matmul(self.core, inside) - tail * inside)
+        core = self.core - tail * jnp.eye(self.core.shape[-1], dtype=self.core.dtype)[None]
+        inside = applied("snk,snp->skp" if axis == 1 else "snk,spn->skp", self.basis, matrices)
+        outside = "snk,skp->snp" if axis == 1 else "snk,skp->spn"
+        return tail * matrices + applied(outside, self.basis, _product(core, inside))
 
     def trace(self) -> Array:
         rest = self.size - self.core.shape[-1]
         return jnp.trace(self.core, axis1=1, axis2=2) + rest * self.tail
 
-    def inverse(self, shift: Array) -> "LowRankFactor":
-        return LowRankFactor(
-            self.basis, _inverse(_shifted(self.core, shift)), 1 / (self.tail + shift)
-        )
+    def held(self) -> Array:
+        return self.core
+
+    def inverted(self, shift: Array, inverse: Array | None) -> "LowRankFactor":
+        assert inverse is not None
+        return LowRankFactor(self.basis, inverse, 1 / (self.tail + shift))
 
     def spectrum(self) -> Spectrum:
         assert self.basis is not None
@@ -150,8 +173,8 @@ class DiagonalFactor(AbstractFactor):
     def size(self) -> int:
         return self.entries.shape[-1]
 
-    def mv(self, columns: Array) -> Array:
-        return self.entries[..., None] * columns.astype(self.entries.dtype)
+    def along(self, matrices: Array, axis: int) -> Array:
+        return jnp.expand_dims(self.entries, 3 - axis) * matrices.astype(self.entries.dtype)
 
     def trace(self) -> Array:
         return jnp.sum(self.entries, axis=-1)
@@ -159,45 +182,46 @@ class DiagonalFactor(AbstractFactor):
     def diagonal(self) -> Array:
         return self.entries
 
-    def inverse(self, shift: Array) -> "DiagonalFactor":
+    def inverted(self, shift: Array, inverse: Array | None) -> "DiagonalFactor":
+        del inverse
         return DiagonalFactor(1 / (self.entries + shift[:, None]))
 
     def spectrum(self) -> Spectrum:
         return Spectrum(None, self.entries, jnp.zeros_like(self.entries[:, 0]))
 
 
-def _passes(a: Array, b: Array) -> Array:
-    """A product for applying a factor: on a GPU in three passes of bfloat16.
-
-    A basis that is rounded once (TF32) would leave 1/2000 of what should have been projected out,
-    which is more than what a large eigenvalue leaves of it when it is inverted.
-    """
-    if a.dtype != jnp.float32:
-        return matmul(a, b)
-    passes = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
-    return jax.lax.platform_dependent(
-        a, b, cuda=lambda a, b: jnp.matmul(a, b, precision=passes), default=matmul
-    )
-
-
 def sandwich(
     output: "AbstractFactor",
-    v: Float[Array, "stack out in"],
+    v: Float[Array, "stack a b"],
     input: "AbstractFactor",
-    bias: Float[Array, "stack out 1"] | None = None,
+    bias: Array | None = None,
+    *,
+    flipped: bool = False,
 ) -> tuple[Array, Array | None]:
-    """G [V b] A for a stack of matrices V and, if the input side counts a bias, of columns b.
+    """G [V b] A for a stack of matrices V (stack, out, in) and, if the input side counts a bias, of
+    columns b (stack, out, 1).
+
+    `flipped` says that V and its result have their last two axes exchanged: whatever way a weight
+    lies in memory, nothing is transposed.
 
     With low-rank factors γI + QDQᵀ and αI + PEPᵀ it is αγV plus one product of thin matrices: V is
     read three times and written once. The bias stays apart, as one column more would leave every
     product without aligned rows.
     """
+    out, across = (2, 1) if flipped else (1, 2)
     if not isinstance(output, LowRankFactor) or not isinstance(input, LowRankFactor):
-        whole = v if bias is None else jnp.concatenate([v, bias.astype(v.dtype)], axis=2)
-        whole = jnp.swapaxes(input.mv(jnp.swapaxes(output.mv(whole), 1, 2)), 1, 2)
-        return (whole, None) if bias is None else (whole[..., :-1], whole[..., -1:])
+        turn = transposed if flipped else lambda a: a
+        whole = v
+        if bias is not None:
+            whole = jnp.concatenate([v, turn(bias).astype(v.dtype)], axis=across)
+        whole = input.along(output.along(whole, out), across)
+        if bias is None:
+            return whole, None
+        weight, column = jnp.split(whole, [v.shape[across]], axis=across)
+        return weight, turn(column)
     q, p = output.basis, input.basis
     assert q is not None and p is not None
+    seen = "sio" if flipped else "soi"
     v = v.astype(q.dtype)
     last = None
     if bias is not None:
@@ -207,33 +231,39 @@ def sandwich(
     eye = lambda core: jnp.eye(core.shape[-1], dtype=core.dtype)[None]
     inner_g = output.core - g * eye(output.core)
     inner_a = input.core - a * eye(input.core)
-    across = jnp.swapaxes(q, 1, 2)
-    left, right = _passes(across, v), _passes(v, p)
-    both = matmul(left, p)
+    left, right = applied_to(v, (f"{seen},sok->ski", q), (f"{seen},sil->sol", p))
+    both = _product(left, p)
     left_bias = None
     if bias is not None and last is not None:
-        left_bias = matmul(across, bias)
+        left_bias = _product(transposed(q), bias)
         right, both = right + bias * last, both + left_bias * last
-    tall = jnp.concatenate([a * q, g * right + matmul(q, matmul(inner_g, both))], axis=2)
+    tall = jnp.concatenate([a * q, g * right + _product(q, _product(inner_g, both))], axis=2)
 
     def wide(left: Array, p: Array) -> Array:
-        return jnp.concatenate([matmul(inner_g, left), matmul(inner_a, p)], axis=1)
+        return jnp.concatenate([_product(inner_g, left), _product(inner_a, p)], axis=1)
 
-    whole = (a * g) * v + _passes(tall, wide(left, jnp.swapaxes(p, 1, 2)))
+    whole = (a * g) * v + applied(f"sot,sti->{seen}", tall, wide(left, transposed(p)))
     if bias is None or left_bias is None or last is None:
         return whole, None
-    column = wide(left_bias, jnp.swapaxes(last, 1, 2))
-    return whole, (a * g) * bias + matmul(tall, column)
+    return whole, (a * g) * bias + _product(tall, wide(left_bias, transposed(last)))
+
+
+def _product(a: Array, b: Array) -> Array:
+    return applied("smk,skn->smn", a, b)
+
+
+def inverses(factors: Sequence[AbstractFactor], shifts: Sequence[Array]) -> list[AbstractFactor]:
+    """(F + shift·I)⁻¹ of each, of the same form; equal sizes together."""
+    held = [factor.held() for factor in factors]
+    dense = [i for i, matrices in enumerate(held) if matrices is not None]
+    shifted = {i: _shifted(cast(Array, held[i]), shifts[i]) for i in dense}
+    inverted = dict(zip(dense, inverse(list(shifted.values())), strict=True))
+    return [
+        factor.inverted(shift, inverted.get(i))
+        for i, (factor, shift) in enumerate(zip(factors, shifts, strict=True))
+    ]
 
 
 def _shifted(matrices: Array, shift: Array) -> Array:
     eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     return matrices + shift[:, None, None].astype(matrices.dtype) * eye[None]
-
-
-def _inverse(matrices: Array) -> Array:
-    """Of positive definite matrices, through a triangular inverse: L⁻ᵀ L⁻¹."""
-    lower = jnp.linalg.cholesky(matrices)
-    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
-    half = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-    return matmul(jnp.swapaxes(half, 1, 2), half)

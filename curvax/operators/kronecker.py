@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from curvax import _tree
-from curvax._linalg import einsum
+from curvax._linalg import applied, transposed
 from curvax.objective import Params
 from curvax.operators.factors import (
     AbstractFactor,
@@ -61,10 +61,12 @@ class Product(AbstractBlockMatrix):
     def mv(self, v: Matrices) -> Matrices:
         return self.apply(v, None)[0]
 
-    def apply(self, v: Matrices, bias: Array | None) -> tuple[Matrices, Array | None]:
-        """The product with a weight and its bias, apart."""
+    def apply(
+        self, v: Array, bias: Array | None, flipped: bool = False
+    ) -> tuple[Array, Array | None]:
+        """The product with a weight and its bias, apart; `flipped` as of `sandwich`."""
         dtype = self.output.trace().dtype
-        return sandwich(self.output, v.astype(dtype), self.input, bias)
+        return sandwich(self.output, v.astype(dtype), self.input, bias, flipped=flipped)
 
     def inverse(self, damping: Scalar, how: DampedInverse) -> AbstractBlockMatrix:
         if how == "exact":
@@ -266,7 +268,11 @@ def apply_blocks(
         if isinstance(block, DiagonalBlock):
             parts = {block.leaf: matrix.mv(leaves[block.leaf])}
         elif isinstance(matrix, Product):
-            parts = put_back(block, *matrix.apply(*take_apart(block, leaves)), leaves)
+            weight, bias = take_apart(block, leaves)
+            # As the weight lies in memory: XLA undoes the transpose that its view made.
+            turn = transposed if block.flipped else lambda a: a
+            weight, bias = matrix.apply(turn(weight), bias, block.flipped)
+            parts = put_back(block, turn(weight), bias, leaves)
         else:
             parts = disarrange(block, matrix.mv(arrange(block, leaves)), leaves)
         for leaf, part in parts.items():
@@ -284,9 +290,9 @@ def _with_tail(spectrum: Spectrum) -> Array:
 
 def _rows(u: Array | None, v: Array, *, back: bool) -> Array:
     """Uᵀ V, or `back` U V."""
-    return v if u is None else einsum("smk,skn->smn" if back else "smk,smn->skn", u, v)
+    return v if u is None else applied("smk,skn->smn" if back else "smk,smn->skn", u, v)
 
 
 def _columns(w: Array | None, v: Array, *, back: bool) -> Array:
     """V W, or `back` V Wᵀ."""
-    return v if w is None else einsum("skl,snl->skn" if back else "skn,snl->skl", v, w)
+    return v if w is None else applied("skl,snl->skn" if back else "skn,snl->skl", v, w)

@@ -64,7 +64,8 @@ class KroneckerBlock:
     """The block of a weight (with its bias): one Kronecker product for each matrix of a stack.
 
     `view` sees the weight as (stack, out, in); a bias is one more input. `swapped` says of each
-    use whether its outputs are the inputs of the block (a tied embedding).
+    use whether its outputs are the inputs of the block (a tied embedding), `flipped` that the
+    weight lies in memory as (stack, in, out).
     """
 
     path: str
@@ -77,6 +78,7 @@ class KroneckerBlock:
     output: Form
     uses: tuple[Use, ...]
     swapped: tuple[bool, ...]
+    flipped: bool = False
 
     @property
     def kind(self) -> str:
@@ -289,7 +291,17 @@ def _block(
         output,
         tuple(uses),
         swapped,
+        _flipped(frame.view),
     )
+
+
+def _flipped(view: View) -> bool:
+    """Whether neighbours in memory are outputs of one input, and not inputs of one output."""
+    if not view.base:
+        return False
+    places = np.broadcast_to(np.arange(view.base[-1]), view.base)
+    seen = on_host(view.inside, places)
+    return seen.shape[-2] > 1 and bool(seen[..., 0, 0].flat[0] != seen[..., 1, 0].flat[0])
 
 
 def _without_bias(block: Block) -> Block:
