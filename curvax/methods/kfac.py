@@ -33,6 +33,7 @@ def kfac(
     decay: float = 0.9,
     stagger: int = 1,
     diagonal: tuple[str, ...] = (),
+    rows: int | None = 4,
 ) -> Method:
     """(G + γ_G I)⁻¹ ∇W (A + γ_A I)⁻¹ for each weight W, with A and G kept as moving averages.
 
@@ -83,6 +84,9 @@ def kfac(
       refreshed in the same step. More make that step less slow, and are more executables to
       compile. Blocks are dealt out by cost; in step 0 all are refreshed.
     - `diagonal`: parts of the paths of leaves that are to have a diagonal block.
+    - `rows`: where positions share a weight, an n × n factor is measured from about rows·n of them
+      (2048 at the least), evenly spaced in the batch; None takes all. Moving averages over ten
+      refreshes see ten times as many.
 
     **Returns** an Optax transformation that keeps the sign of the gradient: chain it with
     `optax.trace(0.9)` and `optax.scale_by_learning_rate`, and give the chain to
@@ -99,6 +103,6 @@ def kfac(
     for `fisher="mc"` without a key, and for a batch on which the model has other blocks.
     """
     held = rank if state_budget is None else StateBudget.parse(state_budget)
-    recipe = Recipe(held, fisher, samples, sharing, diagonal)
+    recipe = Recipe(held, fisher, samples, sharing, diagonal, rows)
     factors = KroneckerPreconditioner(recipe, refresh_every, stagger, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

@@ -28,6 +28,7 @@ def newton_muon(
     decay: float = 0.9,
     stagger: int = 1,
     diagonal: tuple[str, ...] = (),
+    rows: int | None = 4,
 ) -> Method:
     """The orthogonal factor of ∇W (A + γI)⁻¹ for each weight W: Muon in the metric of the inputs.
 
@@ -40,7 +41,7 @@ def newton_muon(
     **Arguments:**
 
     - `objective`: what is minimised, made with `example=` a batch or its shapes.
-    - `rank`, `state_budget`, `refresh_every`, `decay`, `stagger`, `diagonal`: as of
+    - `rank`, `state_budget`, `refresh_every`, `decay`, `stagger`, `diagonal`, `rows`: as of
       [`kfac`][curvax.methods.kfac.kfac], for A.
     - `damping`, `split`: what is added to A: under [`RelativeTikhonov`][curvax.RelativeTikhonov] √λ
       times its mean eigenvalue, which has no unit.
@@ -61,6 +62,6 @@ def newton_muon(
     **Raises** `ValueError` where [`kfac`][curvax.methods.kfac.kfac] does; no key is needed.
     """
     held = rank if state_budget is None else StateBudget.parse(state_budget)
-    recipe = Recipe(held, "forward_only", 1, "expand", diagonal)
+    recipe = Recipe(held, "forward_only", 1, "expand", diagonal, rows)
     factors = KroneckerPreconditioner(recipe, refresh_every, stagger, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

@@ -25,6 +25,8 @@ class Recipe:
     - `sharing`: `"expand"` or `"reduce"` over the positions that share a weight (Eschenhagen et
       al. 2023).
     - `diagonal`: parts of the paths of leaves whose blocks are to be diagonal.
+    - `rows`: an n × n factor is measured from about rows·n positions (2048 at the least) of a batch
+      that has more; None takes all.
     """
 
     rank: Rank = None
@@ -32,6 +34,7 @@ class Recipe:
     samples: int = 1
     sharing: Sharing = "expand"
     diagonal: tuple[str, ...] = ()
+    rows: int | None = None
 
     def __post_init__(self):
         kinds = ("mc", "exact", "empirical", "forward_only")
@@ -41,6 +44,8 @@ class Recipe:
             raise ValueError(f"sharing: got {self.sharing!r}, wanted 'expand' or 'reduce'.")
         if self.samples < 1:
             raise ValueError(f"samples: got {self.samples}, wanted at least 1.")
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows: got {self.rows}, wanted None or at least 1.")
         share = isinstance(self.rank, float) and not 0 < self.rank <= 1
         if share or (isinstance(self.rank, int) and self.rank < 1):
             raise ValueError(
@@ -53,7 +58,12 @@ class Recipe:
         closed, blocks = find_blocks(objective, params, x, rank=self.rank, diagonal=self.diagonal)
         if self.fisher == "forward_only":
             blocks = tuple(input_side(block) for block in blocks)
-        return closed, blocks
+        return closed, tuple(
+            dataclasses.replace(block, rows=self.rows)
+            if isinstance(block, KroneckerBlock)
+            else block
+            for block in blocks
+        )
 
 
 class BlockMoments(AbstractQuantity):

@@ -31,11 +31,13 @@ class AbstractArrangement(abc.ABC):
     positions: int
 
     @abc.abstractmethod
-    def input_rows(self, x: Array, lead: int) -> Rows:
-        """x, so that the weight's gradient is a product of these rows and the output's."""
+    def input_rows(self, x: Array, lead: int, every: int = 1) -> Rows:
+        """x, so that the weight's gradient is a product of these rows and the output's; of the
+        positions about one in `every`, evenly, the same as in `output_rows`.
+        """
 
     @abc.abstractmethod
-    def output_rows(self, g: Array, lead: int) -> Rows: ...
+    def output_rows(self, g: Array, lead: int, every: int = 1) -> Rows: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +47,11 @@ class Dense(AbstractArrangement):
     x_axes: tuple[Axes, Axes, Axes]
     y_axes: tuple[Axes, Axes, Axes]
 
-    def input_rows(self, x: Array, lead: int) -> Rows:
-        return _grouped(x, self.x_axes, lead)
+    def input_rows(self, x: Array, lead: int, every: int = 1) -> Rows:
+        return _grouped(x, self.x_axes, lead)[:, :, ::every]
 
-    def output_rows(self, g: Array, lead: int) -> Rows:
-        return _grouped(g, self.y_axes, lead)
+    def output_rows(self, g: Array, lead: int, every: int = 1) -> Rows:
+        return _grouped(g, self.y_axes, lead)[:, :, ::every]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +65,19 @@ class Convolution(AbstractArrangement):
     input_dilation: Axes
     kernel_dilation: Axes
 
-    def input_rows(self, x: Array, lead: int) -> Rows:
+    def input_rows(self, x: Array, lead: int, every: int = 1) -> Rows:
         """Patches (im2col), by one strided slice for each place of the kernel."""
         batch, feature, *spatial = self.numbers.lhs_spec
+        examples = math.prod(x.shape[:lead])
         x = _lead_merged(x, lead, (batch, *spatial, feature))
         paddings = zip(self.padding, self.input_dilation, strict=True)
         config = [(low, high, d - 1) for (low, high), d in paddings]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+        strides = [stride * self._step(every) for stride in self.strides]
         places = [
             (size - ((k - 1) * d + 1)) // stride + 1
             for size, k, d, stride in zip(
-                x.shape[1:-1], self.kernel, self.kernel_dilation, self.strides, strict=True
+                x.shape[1:-1], self.kernel, self.kernel_dilation, strides, strict=True
             )
         ]
         patches = []
@@ -81,27 +85,28 @@ class Convolution(AbstractArrangement):
             starts = [o * d for o, d in zip(offset, self.kernel_dilation, strict=True)]
             stops = [
                 start + (count - 1) * stride + 1
-                for start, count, stride in zip(starts, places, self.strides, strict=True)
+                for start, count, stride in zip(starts, places, strides, strict=True)
             ]
-            window = (0, *starts, 0), (x.shape[0], *stops, x.shape[-1]), (1, *self.strides, 1)
+            window = (0, *starts, 0), (x.shape[0], *stops, x.shape[-1]), (1, *strides, 1)
             patches.append(lax.slice(x, *window))
         rows = jnp.stack(patches, axis=-1)
         images, channels = x.shape[0], x.shape[-1]
         rows = rows.reshape(images, math.prod(places), self.stack, channels // self.stack, -1)
         rows = jnp.moveaxis(rows, 2, 0)
-        return self._split_batch(rows.reshape(*rows.shape[:3], self.inputs))
+        return _split_batch(rows.reshape(*rows.shape[:3], self.inputs), examples)
 
-    def output_rows(self, g: Array, lead: int) -> Rows:
+    def output_rows(self, g: Array, lead: int, every: int = 1) -> Rows:
         batch, feature, *spatial = self.numbers.out_spec
+        examples = math.prod(g.shape[:lead])
         g = _lead_merged(g, lead, (batch, *spatial, feature))
+        step = self._step(every)
+        g = g[(slice(None), *(slice(None, None, step) for _ in spatial))]
         g = g.reshape(g.shape[0], -1, self.stack, self.outputs)
-        return self._split_batch(jnp.moveaxis(g, 2, 0))
+        return _split_batch(jnp.moveaxis(g, 2, 0), examples)
 
-    def _split_batch(self, rows: Array) -> Rows:
-        # An image that the model put into a batch of its own counts as more positions.
-        stack, images, places, features = rows.shape
-        own = self.positions // places
-        return rows.reshape(stack, images // own, own * places, features)
+    def _step(self, every: int) -> int:
+        """Along each dimension, so that one place in `every` at most is left."""
+        return int(every ** (1 / len(self.kernel)) + 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +126,13 @@ class Lookup(AbstractArrangement):
         x = x.reshape(math.prod(x.shape[:lead]), self.positions, self.columns)[..., self.column]
         return jnp.clip(x, 0, self.inputs - 1) if self.clipped else x
 
-    def input_rows(self, x: Array, lead: int) -> Rows:
+    def input_rows(self, x: Array, lead: int, every: int = 1) -> Rows:
         dtype = jnp.result_type(float)
-        return jax.nn.one_hot(self.indices(x, lead), self.inputs, dtype=dtype)[None]
+        indices = self.indices(x, lead)[:, ::every]
+        return jax.nn.one_hot(indices, self.inputs, dtype=dtype)[None]
 
-    def output_rows(self, g: Array, lead: int) -> Rows:
-        return _grouped(g, self.y_axes, lead)
+    def output_rows(self, g: Array, lead: int, every: int = 1) -> Rows:
+        return _grouped(g, self.y_axes, lead)[:, :, ::every]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +144,10 @@ class Elementwise(AbstractArrangement):
     view: View
     scale: bool
 
-    def input_rows(self, x: Array, lead: int) -> Rows:
+    def input_rows(self, x: Array, lead: int, every: int = 1) -> Rows:
         raise NotImplementedError("An elementwise use has no input side.")
 
-    def output_rows(self, g: Array, lead: int) -> Rows:
+    def output_rows(self, g: Array, lead: int, every: int = 1) -> Rows:
         raise NotImplementedError("An elementwise use has no output side.")
 
     def gradients(self, x: Array, g: Array, lead: int) -> Array:
@@ -186,6 +192,12 @@ def _grouped(array: Array, axes: tuple[Axes, Axes, Axes], lead: int) -> Rows:
     moved = jnp.transpose(array, (*stack, *range(lead), *position, *feature))
     sizes = [math.prod(array.shape[axis] for axis in group) for group in (stack, position, feature)]
     return moved.reshape(sizes[0], math.prod(array.shape[:lead]), sizes[1], sizes[2])
+
+
+def _split_batch(rows: Float[Array, "stack images place feature"], examples: int) -> Rows:
+    """An image that the model put into a batch of its own counts as more positions."""
+    stack, _, _, features = rows.shape
+    return rows.reshape(stack, examples, -1, features)
 
 
 def _lead_merged(array: Array, lead: int, order: Axes) -> Array:

@@ -65,7 +65,7 @@ class KroneckerBlock:
 
     `view` sees the weight as (stack, out, in); a bias is one more input. `swapped` says of each
     use whether its outputs are the inputs of the block (a tied embedding), `flipped` that the
-    weight lies in memory as (stack, in, out).
+    weight lies in memory as (stack, in, out). `rows` as of `Statistics`.
     """
 
     path: str
@@ -79,6 +79,7 @@ class KroneckerBlock:
     uses: tuple[Use, ...]
     swapped: tuple[bool, ...]
     flipped: bool = False
+    rows: int | None = None
 
     @property
     def kind(self) -> str:
@@ -107,6 +108,7 @@ class KroneckerBlock:
             self.bias is not None,
             sharing,
             weighted,
+            rows=self.rows,
         )
 
 

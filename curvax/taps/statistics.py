@@ -13,6 +13,7 @@ sum of g over positions (Eschenhagen et al. 2023, eqs. 14 and 18).
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from curvax.taps.arrangement import AbstractArrangement, Elementwise, Lookup, ac
 
 Kind = Literal["none", "full", "sketch", "diagonal"]
 Sharing = Literal["expand", "reduce"]
+# Positions that every moment is taken from, if a batch has them, whatever the size of its side.
+FEWEST_ROWS = 2048
 
 
 class Moment(NamedTuple):
@@ -40,6 +43,8 @@ class Statistics:
     `basis` columns of a sketch; `bias` whether the inputs have a homogeneous coordinate;
     `weighted` whether examples have weights, which count on the input side (g carries its own);
     `rotated` asks for Σ (U_outᵀ g)² (x U_in)²ᵀ in given bases instead (George et al. 2018, eq. 10).
+    With `rows`, a moment of an n × n side is taken from about rows·n positions of a batch that has
+    more, evenly spaced, and scaled to stand for all.
     """
 
     arrangement: AbstractArrangement
@@ -51,6 +56,7 @@ class Statistics:
     sharing: Sharing = "expand"
     weighted: bool = False
     rotated: bool = False
+    rows: int | None = None
     dtype: Any = jnp.float32
 
     @property
@@ -91,29 +97,44 @@ class Statistics:
                 statistics += self._input(x, weights, basis, lead)
             if self.output != "none":
                 basis = remaining.pop(0) if self.output == "sketch" else None
-                rows = self._output_rows(g, lead)
-                statistics += _moment(rows, None, self.output, basis)
+                statistics += self._output(g, basis, lead)
         return tuple(statistic.astype(self.dtype) for statistic in statistics)
 
     # -- sides -----------------------------------------------------------------------------------
 
-    def _output_rows(self, g: Array, lead: int) -> Array:
-        rows = self.arrangement.output_rows(g, lead)
+    def _every(self, size: int, batch: tuple[int, ...]) -> int:
+        """One position in how many is taken."""
+        if self.rows is None or self.sharing == "reduce":
+            return 1
+        enough = max(self.rows * size, FEWEST_ROWS)
+        return max(math.prod(batch) * self.arrangement.positions // enough, 1)
+
+    def _for_all(self, array: Array, rows: Array) -> Array:
+        """What was summed over some positions, as if it were over all."""
+        positions = 1 if self.sharing == "reduce" else self.arrangement.positions
+        return array if rows.shape[2] == positions else array * (positions / rows.shape[2])
+
+    def _output_rows(self, g: Array, lead: int, every: int) -> Array:
+        rows = self.arrangement.output_rows(g, lead, every)
         if self.sharing == "reduce":
             rows = jnp.sum(rows.astype(accumulator(rows)), axis=2, keepdims=True)
         return rows
 
-    def _input_rows(self, x: Array, lead: int) -> Array:
-        rows = self.arrangement.input_rows(x, lead)
+    def _input_rows(self, x: Array, lead: int, every: int) -> Array:
+        rows = self.arrangement.input_rows(x, lead, every)
         if self.sharing == "reduce":
             rows = jnp.mean(rows.astype(accumulator(rows)), axis=2, keepdims=True)
-        if self.bias:
-            rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
         return rows
+
+    def _output(self, g: Array, basis: Array | None, lead: int) -> tuple[Array, ...]:
+        every = self._every(self.arrangement.outputs, g.shape[:lead])
+        rows = self._output_rows(g, lead, every)
+        moment = _moment(rows, None, self.output, basis)
+        return tuple(self._for_all(part, rows) for part in moment)
 
     def _input(
         self, x: Array, weights: Array | None, basis: Array | None, lead: int
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, ...]:
         arrangement = self.arrangement
         if isinstance(arrangement, Lookup):
             indices = arrangement.indices(x, lead)
@@ -122,18 +143,23 @@ class Statistics:
             ones = jnp.broadcast_to(one.astype(self.dtype), indices.shape)
             counts = counts.at[0, indices].add(ones, mode="drop", wrap_negative_indices=False)
             return counts, jnp.sum(counts, axis=-1)
+        rows = self._input_rows(x, lead, self._every(self.input_size, x.shape[:lead]))
         if self.input == "sketch" and self.sharing == "expand":
             assert basis is not None
-            return self._sketch(x, weights, basis, lead)
-        return _moment(self._input_rows(x, lead), weights, self.input, basis)
+            moment = self._sketch(rows, weights, basis)
+        else:
+            moment = _moment(self._with_one(rows), weights, self.input, basis)
+        return tuple(self._for_all(part, rows) for part in moment)
 
-    def _sketch(
-        self, x: Array, weights: Array | None, basis: Array, lead: int
-    ) -> tuple[Array, Array]:
+    def _with_one(self, rows: Array) -> Array:
+        if not self.bias:
+            return rows
+        return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+
+    def _sketch(self, inputs: Array, weights: Array | None, basis: Array) -> tuple[Array, Array]:
         """The sketch, without a copy of the rows for the coordinate 1."""
-        inputs = self.arrangement.input_rows(x, lead)
         body, last = (basis[:, :-1], basis[:, -1:]) if self.bias else (basis, None)
-        low = body if x.dtype.itemsize >= body.dtype.itemsize else body.astype(x.dtype)
+        low = body if inputs.dtype.itemsize >= body.dtype.itemsize else body.astype(inputs.dtype)
         rows = product("sbpn,snk->sbpk", inputs, low)
         if last is not None:
             rows = rows + last[:, None].astype(rows.dtype)
@@ -145,31 +171,33 @@ class Statistics:
             square = jnp.square(inputs.astype(rows.dtype))
             trace = jnp.einsum("sbpn,b->s", square, weights.astype(rows.dtype))
             total = jnp.sum(weights) * rows.shape[2]
-        sketch = product("sbpn,sbpk->snk", inputs, rows.astype(x.dtype))
+        sketch = product("sbpn,sbpk->snk", inputs, rows.astype(inputs.dtype))
         if last is not None:
             sketch = jnp.concatenate([sketch, jnp.sum(rows, axis=(1, 2))[:, None]], axis=1)
             trace = trace + total.astype(trace.dtype)
         return sketch, trace
 
     def _rotated(self, g: Array, x: Array, bases: tuple[Array, ...], lead: int) -> Array:
+        # The same positions of both sides.
+        every = self._every(max(self.input_size, self.arrangement.outputs), g.shape[:lead])
         # A side that is diagonal has no basis but the coordinates themselves.
-        rows = self._output_rows(g, lead)
+        rows = self._output_rows(g, lead, every)
         if self.output != "diagonal":
             rows = product("sbpm,smk->sbpk", rows, bases[-1])
         squares = jnp.square(rows.astype(accumulator(rows)))
         if isinstance(self.arrangement, Lookup):
-            indices = self.arrangement.indices(x, lead)
+            indices = self.arrangement.indices(x, lead)[:, ::every]
             share = squares.shape[2] / indices.shape[1]  # of the positions, if they are reduced
             total = jnp.zeros((self.arrangement.inputs, squares.shape[-1]), squares.dtype)
             total = total.at[indices].add(
                 squares[0] * share, mode="drop", wrap_negative_indices=False
             )
-            return total.T[None]
-        inputs = self._input_rows(x, lead)
+            return self._for_all(total.T[None], rows)
+        inputs = self._with_one(self._input_rows(x, lead, every))
         if self.input != "diagonal":
             inputs = product("sbpn,snk->sbpk", inputs, bases[0])
         inputs = inputs.astype(accumulator(inputs))
-        return product("sbpm,sbpn->smn", squares, jnp.square(inputs))
+        return self._for_all(product("sbpm,sbpn->smn", squares, jnp.square(inputs)), rows)
 
 
 def _moment(
