@@ -1,10 +1,12 @@
 """Kronecker factors and step times beside kfac-jax, in one process, interleaved.
 
     pip install kfac-jax==0.0.8
-    python -m experiments.compare_kfac_jax
+    OPENBLAS_NUM_THREADS=1 python -m experiments.compare_kfac_jax
 
 kfac-jax is installed for this comparison only. `--sections agreement` compares every factor of
 every layer in float64, `--sections speed` times steps of both libraries beside those of Adam.
+Where other processes run, threads of LAPACK wait for one another, and a refresh of either library
+takes several times as long: hence one thread for it.
 
 kfac-jax 0.0.8 as it is runs on jax up to 0.9.1, and curvax needs 0.10: one function of kfac-jax's
 is replaced for that, see `import_kfac_jax`. Nothing is replaced where the factors are made that
@@ -39,6 +41,7 @@ from experiments.workloads import Params, Workload, convnet, mlp
 Fisher = Literal["exact", "empirical"]  # the flavours of both libraries that draw no samples
 FISHERS: tuple[Fisher, ...] = ("exact", "empirical")
 SECTIONS = ("agreement", "speed")
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 class Factors(NamedTuple):
@@ -300,8 +303,12 @@ def speed(kfac_jax: Any, seconds: float, least: int, smoke: bool) -> list[Row]:
         measured = measure(
             list(kfacs.values()), Adam(model, case.batch), seconds, least, memory=False
         )
+        # Own work included. Well above the number of cores ratios count, not times.
+        load = {"load": round(os.getloadavg()[0], 1)}
         about: Row = {"model": workload.name, "batch": len(workload.x)}
-        rows += [about | {"method": name} | row for name, row in zip(kfacs, measured, strict=True)]
+        rows += [
+            about | {"method": name} | row | load for name, row in zip(kfacs, measured, strict=True)
+        ]
     return rows
 
 
@@ -331,8 +338,8 @@ def main(argv: list[str] | None = None) -> int:
         "agreement": lambda: agreement(kfac_jax, args.smoke),
         "speed": lambda: speed(kfac_jax, args.seconds, args.least, args.smoke),
     }
-    # Above zero where something else runs: then ratios count, not times.
-    where = provenance() | {"load at start": os.getloadavg()[0]}
+    threads = {name: os.environ[name] for name in THREADS if name in os.environ}
+    where = provenance() | {"environment": threads}
     write_results({name: makers[name] for name in args.sections}, args.out, where, echo=print)
     return 0
 
