@@ -18,7 +18,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,8 @@ class Training:
         jax.block_until_ready((self.params, self.state))
         start = time.perf_counter()
         for _ in range(steps):
-            self.params, self.state, info = self.step(self.params, self.state, *self.rest)
-        jax.block_until_ready((self.params, self.state, info))
+            self.params, self.state, _ = self.step(self.params, self.state, *self.rest)
+        jax.block_until_ready((self.params, self.state))
         return time.perf_counter() - start
 
     def memory(self, jitted: Any) -> tuple[float, float]:
@@ -108,8 +108,23 @@ class Training:
         return temporary / MIB, (temporary + outside) / MIB
 
 
-class Kfac(Training):
-    """Training by K-FAC: `phases` says what is due on each step of a cycle."""
+class Cycle(Training):
+    """Training by K-FAC of any library: `phases` says what is due on each step of a cycle."""
+
+    phases: Sequence[tuple[Any, ...]]
+
+    @property
+    def optimizer_state(self) -> Any:
+        return self.state
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not made, for numbers that are not finite."""
+        return 0
+
+
+class Kfac(Cycle):
+    """Training by curvax's K-FAC."""
 
     def __init__(self, model: Model, batch: Any, variant: Variant):
         self.fused = kfac_step(model, batch, variant)
@@ -117,6 +132,14 @@ class Kfac(Training):
         super().__init__(self.fused, params, self.fused.init(params), (batch, jax.random.key(2)))
         plan = self.fused.method.plan
         self.phases = [plan.phase(i) for i in range(plan.period)]
+
+    @property
+    def optimizer_state(self) -> Any:
+        return self.state.optimizer
+
+    @property
+    def skipped(self) -> int:
+        return int(self.state.skipped)
 
     def memory_at(self, phase: int) -> tuple[float, float]:
         pure = functools.partial(self.fused.pure, phase=self.phases[phase])
@@ -141,22 +164,45 @@ class Adam(Training):
         self.warm_up = [self() for _ in range(3)]
 
 
-def measure(kfac: Kfac, adam: Adam, seconds: float, least: int, memory: bool) -> Row:
-    """Cycles of K-FAC and of Adam in turn, for about `seconds`, `least` rounds at least."""
-    period = len(kfac.phases)
-    warm_up = [kfac() for _ in range(2 * period)]
-    phases: list[list[float]] = [[] for _ in range(period)]
+def measure(
+    kfacs: Sequence[Cycle], adam: Adam, seconds: float, least: int, memory: bool
+) -> list[Row]:
+    """A cycle of each K-FAC and as many steps of Adam in turn, for about `seconds`, `least` rounds
+    at least.
+    """
+    warm_ups = [[kfac() for _ in range(2 * len(kfac.phases))] for kfac in kfacs]
+    rounds: list[list[list[float]]] = [[[] for _ in kfac.phases] for kfac in kfacs]
     adams: list[float] = []
-    cycles: list[tuple[float, float]] = []
+    cycles: list[tuple[float, ...]] = []
     began = time.perf_counter()
-    while len(phases[0]) < least or time.perf_counter() - began < seconds:
-        for taken in phases:
-            taken.append(kfac())
-        adams.extend(adam() for _ in range(period))
-        cycles.append((kfac.cycle(period), adam.cycle(period)))
+    while len(rounds[0][0]) < least or time.perf_counter() - began < seconds:
+        whole = []
+        for kfac, phases in zip(kfacs, rounds, strict=True):
+            for taken in phases:
+                taken.append(kfac())
+            whole.append(kfac.cycle(len(phases)))
+        adams.extend(adam() for _ in kfacs[0].phases)
+        cycles.append((*whole, adam.cycle(len(kfacs[0].phases))))
+    base = Timing("adam", tuple(adams), adam.warm_up[0])
+    *mine, adams_cycle = (statistics.median(each) for each in zip(*cycles, strict=True))
+    return [
+        _row(kfac, adam, base, warm_up, phases, (own, adams_cycle), memory)
+        for kfac, warm_up, phases, own in zip(kfacs, warm_ups, rounds, mine, strict=True)
+    ]
+
+
+def _row(
+    kfac: Cycle,
+    adam: Adam,
+    base: Timing,
+    warm_up: list[float],
+    phases: list[list[float]],
+    cycles: tuple[float, float],
+    memory: bool,
+) -> Row:
+    period = len(kfac.phases)
     steady = [Timing(f"phase {i}", tuple(taken), warm_up[i]) for i, taken in enumerate(phases)]
     medians = [timing.median for timing in steady]
-    base = Timing("adam", tuple(adams), adam.warm_up[0])
     # By what is due, not by time, which is noisy: the laziest step, and the one that does most.
     dues = [sum(map(bool, phase)) for phase in kfac.phases]
     idle = [medians[i] for i, due in enumerate(dues) if due == min(dues)]
@@ -165,11 +211,10 @@ def measure(kfac: Kfac, adam: Adam, seconds: float, least: int, memory: bool) ->
     )
     compiling = sum(max(s - medians[i % period], 0.0) for i, s in enumerate(warm_up))
     adam_compiling = sum(max(s - base.median, 0.0) for s in adam.warm_up)
-    mine, adams_cycle = (statistics.median(each) / period for each in zip(*cycles, strict=True))
     row: Row = {
-        "ms": 1e3 * mine,
-        "Adam ms": 1e3 * adams_cycle,
-        "in Adam steps": mine / adams_cycle,
+        "ms": 1e3 * cycles[0] / period,
+        "Adam ms": 1e3 * cycles[1] / period,
+        "in Adam steps": cycles[0] / cycles[1],
         "lazy step": statistics.median(idle) / base.median,
         "slowest step": max(medians) / base.median,
         "slowest / median": max(medians) / statistics.median(medians),
@@ -180,10 +225,10 @@ def measure(kfac: Kfac, adam: Adam, seconds: float, least: int, memory: bool) ->
         "executables": len(set(kfac.phases)),
         "compile s": compiling,
         "compile / Adam": compiling / adam_compiling,
-        "state / Adam": _tree.nbytes(kfac.state.optimizer) / _tree.nbytes(adam.state),
-        "skipped": int(kfac.state.skipped),
+        "state / Adam": _tree.nbytes(kfac.optimizer_state) / _tree.nbytes(adam.state),
+        "skipped": kfac.skipped,
     }
-    if memory:
+    if memory and isinstance(kfac, Kfac):
         most, least_due = kfac.memory_at(refresh), kfac.memory_at(lazy)
         plain = adam.memory(adam.step)
         row |= {
@@ -205,7 +250,7 @@ def section(cases: list[tuple[Model, int, tuple[Variant, ...]]], args: Any) -> l
             row: Row = {"model": model.name, "batch": size, "method": variant.name}
             try:
                 kfac = Kfac(model, batch, variant)
-                row |= measure(kfac, adam, args.seconds, args.least, not args.no_memory)
+                row |= measure([kfac], adam, args.seconds, args.least, not args.no_memory)[0]
             except jax.errors.JaxRuntimeError as error:  # out of memory: the other rows still count
                 row["error"] = str(error).splitlines()[0][:200]
             rows.append(row)

@@ -178,11 +178,11 @@ _WITH = "Levenberg-Marquardt damping, λ from 1 down to at least 0.01"
 _GRID = (0.1, 0.3, 1.0)
 MOMENTUM = 0.9
 # The peak learning rate of K-FAC, which its scaling makes the same for all problems.
-KFAC_RATE = 0.01
-KFAC_DAMPING = 0.3
+KFAC_RATE = 0.003
+KFAC_DAMPING = 1.0
 # K-FAC's defaults, with momentum behind it.
-_KFAC = "damping 0.3, KLClip, refreshed every 10 steps, momentum 0.9"
-_KFAC_GRID = (0.003, 0.01, 0.03, 0.1)
+_KFAC = "damping 1, RMS, refreshed every 10 steps, momentum 0.9"
+_KFAC_GRID = (0.001, 0.002, 0.003, 0.005, 0.01)
 
 RECIPES: dict[str, Recipe] = {
     "adam": Recipe(_adam, (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2), "β₁ = 0.9, β₂ = 0.999"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("curvax", "jax", "equinox", "optax", "lineax", "python-somax")
+PACKAGES = ("curvax", "jax", "equinox", "optax", "lineax", "python-somax", "kfac-jax")
 
 
 @dataclasses.dataclass(frozen=True)

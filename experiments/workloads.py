@@ -42,9 +42,13 @@ def mlp(widths: tuple[int, ...] = (784, 256, 256, 10), batch: int = 128) -> Work
     return _with_data(name, params, apply, apply, (widths[0],), widths[-1], batch)
 
 
-def convnet(batch: int = 64) -> Workload:
-    """Three 3×3 convolutions (16, 32, 32 channels, two of stride 2) on 28×28, a mean, a head."""
-    channels = (1, 16, 32, 32)
+def convnet(
+    batch: int = 64, channels: tuple[int, ...] = (1, 16, 32, 32), size: int = 28
+) -> Workload:
+    """Three 3×3 convolutions (16, 32, 32 channels, two of stride 2) on 28×28, a mean, a head.
+
+    Fewer for shorter `channels`, which begin with those of the image.
+    """
     keys = jax.random.split(jax.random.key(0), 5)
     params: Params = {}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(channels)):
@@ -54,7 +58,7 @@ def convnet(batch: int = 64) -> Workload:
     params["head"] = jax.random.normal(keys[3], (channels[-1], 10)) * channels[-1] ** -0.5
 
     def apply(params: Params, x: Array) -> Array:
-        for i, stride in enumerate((1, 2, 2)):
+        for i, stride in zip(range(len(channels) - 1), (1, 2, 2), strict=False):
             x = jax.lax.conv_general_dilated(
                 x,
                 params[f"w{i}"],
@@ -68,7 +72,7 @@ def convnet(batch: int = 64) -> Workload:
     def predict(params: Params, x: Array) -> Array:
         return apply(params, x[None])[0]
 
-    return _with_data("convnet", params, apply, predict, (28, 28, 1), 10, batch)
+    return _with_data("convnet", params, apply, predict, (size, size, channels[0]), 10, batch)
 
 
 def _with_data(

@@ -11,7 +11,7 @@ from curvax.blockwise import (
 from curvax.damping import AbstractDamping
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
-from curvax.scalings import AbstractScaling, KLClip
+from curvax.scalings import AbstractScaling, RMS
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Sharing
 from curvax.transform import Method
@@ -24,9 +24,9 @@ def ekfac(
     fisher: FisherKind = "mc",
     samples: int = 1,
     sharing: Sharing = "expand",
-    damping: AbstractDamping | ScalarLike = 0.3,
+    damping: AbstractDamping | ScalarLike = 1.0,
     split: AbstractFactorDamping = RelativeTikhonov(),
-    scaling: AbstractScaling = KLClip(),
+    scaling: AbstractScaling = RMS(),
     decay: float = 0.9,
     diagonal: tuple[str, ...] = (),
     rows: int | None = 4,

@@ -11,7 +11,7 @@ from curvax.blockwise import (
 from curvax.damping import AbstractDamping
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
-from curvax.scalings import AbstractScaling, KLClip
+from curvax.scalings import AbstractScaling, RMS
 from curvax.taps.blocks import StateBudget
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Sharing
@@ -27,9 +27,9 @@ def kfac(
     fisher: FisherKind = "mc",
     samples: int = 1,
     sharing: Sharing = "expand",
-    damping: AbstractDamping | ScalarLike = 0.3,
+    damping: AbstractDamping | ScalarLike = 1.0,
     split: AbstractFactorDamping = RelativeTikhonov(),
-    scaling: AbstractScaling = KLClip(),
+    scaling: AbstractScaling = RMS(),
     decay: float = 0.9,
     stagger: int = 1,
     diagonal: tuple[str, ...] = (),
@@ -75,9 +75,11 @@ def kfac(
       [`RelativeTikhonov`][curvax.RelativeTikhonov] has no unit, and so needs no tuning for the
       scale of the loss; with [`FactoredTikhonov`][curvax.FactoredTikhonov] λ is added to the
       curvature.
-    - `scaling`: what is made of the preconditioned gradient.
-      [`KLClip`][curvax.KLClip] bounds how far a step moves the predictions, which the damping
-      alone does not.
+    - `scaling`: what is made of the preconditioned gradient. [`RMS`][curvax.RMS] gives each leaf
+      the size of an Adam step, so that Adam's learning rates fit and one serves many problems
+      (0.003, falling to zero, did on all that were tried). [`KLClip`][curvax.KLClip] keeps the
+      lengths of the natural gradient, and bounds how far a step moves the predictions; it goes
+      further where its learning rate is tuned.
     - `decay`: the weight of the past in a factor's moving average at each refresh, corrected for
       the start: min(decay, 1 − 1/t) at the t-th refresh (section 5).
     - `stagger`: over how many steps of a cycle the refreshes are spread. With 1 every block is

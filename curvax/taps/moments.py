@@ -109,7 +109,8 @@ def tapped_pass(
             (y,) = tapped(args, payloads, weight)
             return y
 
-        return jax.vmap(one)(example.x, keys, weights)
+        # Outside of jit an array of NumPy would reach the taps as it is.
+        return jax.vmap(one)(jax.tree.map(jnp.asarray, example.x), keys, weights)
 
     structs = {name: probes for name, (probes, _) in shared.items()}
     primal, tangent = jax.linearize(outputs, params, _tree.zeros_like(structs))
