@@ -14,6 +14,8 @@ from jaxtyping import Array
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Below this size a triangular matrix is inverted by substitution.
 _LEAF = 64
+# Matrices whose sizes fall between the same two multiples of this are factorised together.
+_BUCKET = 128
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -90,19 +92,31 @@ def transposed(a: Array) -> Array:
 def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
     """L with A = L Lᵀ, and L⁻¹, of stacks of positive definite matrices; NaN where one is not.
 
-    Those of equal size take one call together: on a GPU the time of a factorisation is latency.
-    The inverse takes the place of substitutions, which a GPU does at a small part of its speed.
+    Those of about equal size take one call together: on a GPU the time of a factorisation is
+    latency. The inverse takes the place of substitutions, which a GPU does at a small part of its
+    speed.
     """
     groups: dict[int, list[int]] = {}
     for i, stack in enumerate(stacks):
-        groups.setdefault(stack.shape[-1], []).append(i)
+        groups.setdefault(-(-stack.shape[-1] // _BUCKET), []).append(i)
     results: list[tuple[Array, Array]] = [(stack, stack) for stack in stacks]
     for members in groups.values():
-        lower = jnp.linalg.cholesky(joined([stacks[i] for i in members]))
+        size = max(stacks[i].shape[-1] for i in members)
+        lower = jnp.linalg.cholesky(joined([_grown(stacks[i], size) for i in members]))
         inverse = _triangular_inverse(lower)
         for i, span in zip(members, spans([stacks[i] for i in members]), strict=True):
-            results[i] = lower[span], inverse[span]
+            own = slice(stacks[i].shape[-1])
+            results[i] = lower[span, own, own], inverse[span, own, own]
     return results
+
+
+def _grown(stack: Array, size: int) -> Array:
+    """Each matrix in the corner of a larger one, the identity in the other."""
+    more = size - stack.shape[-1]
+    if not more:
+        return stack
+    rest = jnp.concatenate([jnp.zeros(size - more), jnp.ones(more)]).astype(stack.dtype)
+    return jnp.pad(stack, ((0, 0), (0, more), (0, more))) + jnp.diag(rest)[None]
 
 
 def inverse(stacks: Sequence[Array]) -> list[Array]:
@@ -131,8 +145,7 @@ def _triangular_inverse(lower: Array) -> Array:
         whole = jnp.broadcast_to(eye, lower.shape)
         return jax.lax.linalg.triangular_solve(lower, whole, left_side=True, lower=True)
     if size % 2:
-        padded = jnp.pad(lower, ((0, 0), (0, 1), (0, 1))).at[:, -1, -1].set(1)
-        return _triangular_inverse(padded)[:, :-1, :-1]
+        return _triangular_inverse(_grown(lower, size + 1))[:, :-1, :-1]
     half = size // 2
     diagonal = [lower[:, :half, :half], lower[:, half:, half:]]
     first, second = jnp.split(_triangular_inverse(jnp.concatenate(diagonal)), 2)

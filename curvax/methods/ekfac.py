@@ -11,7 +11,7 @@ from curvax.blockwise import (
 from curvax.damping import AbstractDamping
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
-from curvax.scalings import AbstractScaling, RMS
+from curvax.scalings import RMS, AbstractScaling
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Sharing
 from curvax.transform import Method
