@@ -87,7 +87,7 @@ def references(p, params=None, batch=None):
 
 
 def gradient_of(p, params, batch):
-    return jax.grad(p.objective.value)(params, batch)
+    return problems.gradient_of(p.objective, params, batch)
 
 
 # -- every model trains ------------------------------------------------------------------------
