@@ -110,16 +110,21 @@ COMBINATIONS = [
 ]
 
 
+# Products, diagonals and transposes agree with the matrix or not, whatever the loss.
+IN_ALL_VIEWS = (("mlp", "gaussian"), ("dict", "poisson"), ("sequence", "custom_nonconvex"))
+
+
 @pytest.mark.parametrize(("model", "loss", "weights", "reduction", "l2"), COMBINATIONS)
 def test_curvature_against_dense(model, loss, weights, reduction, l2):
     for seed in (0, 1):
         problem = make_problem(model, loss, weights=weights, reduction=reduction, l2=l2, seed=seed)
         dense = problem.dense()
-        for name in ("hessian", "gauss_newton"):
-            check_views(build(name, problem), dense[name])
-        fishers = {name: build(name, problem) for name in ("exact", "empirical")}
-        for name, matrix in matrices(fishers).items():
+        operators = {name: build(name, problem) for name in CURVATURES}
+        for name, matrix in matrices(operators).items():
             close(matrix, dense[name])
+        if (model, loss) in IN_ALL_VIEWS:
+            for name in ("hessian", "gauss_newton"):
+                check_views(operators[name], dense[name])
 
 
 @pytest.mark.parametrize("model", ["dict", "sequence"])
