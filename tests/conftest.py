@@ -9,8 +9,8 @@ import jaxtyping
 import pytest
 
 # Nearly all of the time goes into compiling small programs, which these make several times as fast.
-# Those in the environment come later, and win; a test that counts on XLA's defaults asks for them.
-# (Without the fusion emitters of jaxlib 0.10.2 a GRU is compiled rightly, too.)
+# Flags in the environment come later, and win: "--xla_backend_optimization_level=3
+# --xla_cpu_use_fusion_emitters=true" tests what users compile. A test that needs a level asks it.
 FAST_TO_COMPILE = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
