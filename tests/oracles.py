@@ -68,12 +68,14 @@ def materialised_event_map(
 # -- directions ------------------------------------------------------------------------------
 
 
+@eqx.filter_jit
 def dense_hessian(objective, params: PyTree, batch) -> Array:
     """∇²f over the ravelled parameters, by `jax.hessian` of the objective's value."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     return jax.hessian(lambda v: objective.value(unravel(v), batch))(flat)
 
 
+@eqx.filter_jit
 def dense_gauss_newton(objective, params: PyTree, batch) -> Array:
     """(1/N) Σ Jᵢᵀ∇²ℓᵢJᵢ + l2·I for a mean over N examples with outputs of one axis."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
@@ -85,6 +87,7 @@ def dense_gauss_newton(objective, params: PyTree, batch) -> Array:
     return matrix + objective.l2 * jnp.eye(flat.size)
 
 
+@eqx.filter_jit
 def damped_solve(matrix: Array, damping: float, vector: PyTree, absolute: bool = False) -> PyTree:
     """(A + λI)⁻¹v, or |A + λI|⁻¹v, through eigenvalues."""
     flat, unravel = jax.flatten_util.ravel_pytree(vector)

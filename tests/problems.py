@@ -1,8 +1,10 @@
 """Small training problems that the tests of plans, methods and steps share."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,12 @@ class Problem(NamedTuple):
 
     @property
     def gradient(self) -> dict[str, jax.Array]:
-        return jax.grad(self.objective.value)(self.params, self.batch)
+        return gradient_of(self.objective, self.params, self.batch)
+
+
+@eqx.filter_jit
+def gradient_of(objective: cx.Objective, params, batch):
+    return jax.grad(objective.value)(params, batch)
 
 
 def predict(params, x):
@@ -38,6 +45,7 @@ def predict_linear(params, x):
     return params["w"] @ x + params["b"]
 
 
+@functools.cache
 def problem(loss: str = "softmax", *, seed: int = 0, dtype=jnp.float64, **options) -> Problem:
     """An MLP of 4 inputs and 5 hidden units; `options` go to the objective."""
     rng = np.random.default_rng(seed)

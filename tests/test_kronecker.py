@@ -16,6 +16,7 @@ import curvax as cx
 from curvax.operators.factors import DiagonalFactor, LowRankFactor
 from curvax.operators.kronecker import Product, Rotated
 from tests import oracles, zoo
+from tests.problems import gradient_of
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 λ = 0.3
@@ -29,6 +30,22 @@ def build(kind, objective, model, batch, key=None, **options):
     """The operator, made in one compiled call."""
     make = lambda model, batch, key: kind(objective, model, batch, key, **options)
     return eqx.filter_jit(make)(model, batch, key)
+
+
+def ravelled(tree):
+    return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(tree)])
+
+
+@eqx.filter_jit
+def dense_of(operator):
+    return operator.as_matrix()
+
+
+@eqx.filter_jit
+def sides_of(product):
+    """Matrix and trace of the factor of each side."""
+    sides = {"input": product.input, "output": product.output}
+    return {name: (side.matrix(), side.trace()) for name, side in sides.items()}
 
 
 @functools.cache
@@ -46,9 +63,9 @@ class Network:
 
     def __init__(self, sizes, size, loss, *, nonlinearity=jnp.tanh, biases=True, seed=0, **options):
         rng = np.random.default_rng(seed)
-        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+        draw = lambda *shape, by=1: jnp.asarray(rng.standard_normal(shape) / by)
         self.params = [
-            (draw(m, n) / math.sqrt(n), draw(m) / 3 if biases else None)
+            (draw(m, n, by=math.sqrt(n)), draw(m, by=3) if biases else None)
             for n, m in itertools.pairwise(sizes)
         ]
         targets = {
@@ -117,33 +134,34 @@ def test_kfac_is_the_product_of_the_factors(loss, biases):
     it = Network((4, 5, 3), 6, loss, biases=biases)
     operator = build(cx.KroneckerFactored, it.objective, it.params, it.batch)
     expected = kron(it)
-    close(operator.as_matrix(), expected)
-    vector = jax.tree.map(jnp.cos, it.params)
-    flat, _ = jax.flatten_util.ravel_pytree(vector)
-    got = operator.mv(vector)
+    close(dense_of(operator), expected)
+    vector = jax.tree.map(lambda a: jnp.asarray(np.cos(a)), it.params)
+    flat = ravelled(vector)
+    products = eqx.filter_jit(lambda op, vector: (op.mv(vector), op.quadratic_form(vector)))
+    got, form = products(operator, vector)
     assert jax.tree.structure(got) == jax.tree.structure(it.params)
-    close(jax.flatten_util.ravel_pytree(got)[0], expected @ flat)
-    close(operator.quadratic_form(vector), flat @ expected @ flat)
+    close(ravelled(got), expected @ flat)
+    close(form, flat @ expected @ flat)
 
 
 def test_a_sum_scales_by_the_number_of_examples_and_l2_is_left_out():
     it, mean = mlp(reduction="sum", l2=0.7), mlp()
     for kind in (cx.KroneckerFactored, cx.EigenvalueCorrected):
         total = build(kind, it.objective, it.params, it.batch)
-        close(total.as_matrix(), 6 * small_sides(kind.__name__).as_matrix())
+        close(dense_of(total), 6 * dense_of(small_sides(kind.__name__)))
     close(kron(it), kron(mean))
 
 
 def test_ekfac_has_the_second_moments_in_the_eigenbasis():
     it = mlp()
     blocks = [oracles.ekfac_reference(r.inputs, r.gradients).dense for r in it.reference]
-    close(small_sides("EigenvalueCorrected").as_matrix(), it.scatter(blocks))
+    close(dense_of(small_sides("EigenvalueCorrected")), it.scatter(blocks))
 
 
 def test_ekfac_is_nearer_to_each_block_than_kfac():
     it = mlp()
-    corrected = small_sides("EigenvalueCorrected").as_matrix()
-    factored = small_sides("KroneckerFactored").as_matrix()
+    corrected = dense_of(small_sides("EigenvalueCorrected"))
+    factored = dense_of(small_sides("KroneckerFactored"))
     exact = it.scatter([r.exact for r in it.reference])
     for place in it.places:
         distance = [
@@ -163,7 +181,7 @@ def test_both_keep_the_trace_of_the_exact_blocks_of_the_last_layer():
 def test_forward_only_has_no_output_factor():
     it = mlp()
     operator = small_sides("KroneckerFactored", fisher="forward_only")
-    close(operator.as_matrix(), kron(it, lambda g, a: (np.eye(len(g)), a)))
+    close(dense_of(operator), kron(it, lambda g, a: (np.eye(len(g)), a)))
 
 
 @pytest.mark.parametrize("kind", ["KroneckerFactored", "EigenvalueCorrected"])
@@ -248,14 +266,17 @@ def test_damping_shared_out_between_the_factors(name, how, all_sides_low_rank):
     operator = small_sides(name, **({"rank": 2, "passes": 1} if name == "LowRankKronecker" else {}))
     blocks = []
     for matrix in operator.matrices:
-        g, a = np.asarray(matrix.output.matrix()[0]), np.asarray(matrix.input.matrix()[0])
+        sides = sides_of(matrix)
+        g, a = (np.asarray(sides[side][0][0]) for side in ("output", "input"))
         π = 1.0
         if how == "pi":
             π = math.sqrt((np.trace(a) / len(a)) / (np.trace(g) / len(g)))
         inverse = lambda m, shift: np.linalg.inv(m + shift * np.eye(len(m)))
         blocks.append(np.kron(inverse(g, math.sqrt(λ) / π), inverse(a, π * math.sqrt(λ))))
-    close(operator.inverse(λ, how).as_matrix(), it.scatter(blocks))
-    close(operator.inverse(λ, how).trace(), sum(np.trace(block) for block in blocks))
+    functions = eqx.filter_jit(lambda inverse: (inverse.as_matrix(), inverse.trace()))
+    matrix, trace = functions(operator.inverse(λ, how))
+    close(matrix, it.scatter(blocks))
+    close(trace, sum(np.trace(block) for block in blocks))
 
 
 def test_functions_compile_and_are_pytrees():
@@ -291,27 +312,22 @@ def test_low_precision_parameters(kind, dtype, all_sides_low_rank):
     operator = build(getattr(cx, kind), it.objective, narrow, batch, **options)
     wide = small_sides(kind, **options)
     tolerance = 1e-4 if dtype == jnp.float32 else 0.1
-    for function in (
-        lambda op: op.mv(narrow),
-        lambda op: op.inverse(λ).mv(narrow),
-        lambda op: op.inverse(λ, "pi").mv(narrow),
-        lambda op: op.sqrt(λ).mv(narrow),
-    ):
-        product = function(operator)
+
+    @eqx.filter_jit
+    def functions(op):
+        ways = op, op.inverse(λ), op.inverse(λ, "pi"), op.sqrt(λ)
+        logdets = op.logdet(λ), op.logdet(jnp.asarray(λ, jnp.float64))
+        return [each.mv(narrow) for each in ways], (op.trace(), *logdets, op.frobenius_norm())
+
+    products, numbers = functions(operator)
+    expected, wanted = functions(wide)
+    for product, want in zip(products, expected, strict=True):
         assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(product))
-        expected = function(wide)
-        got, want = (jax.flatten_util.ravel_pytree(tree)[0] for tree in (product, expected))
-        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        got, want = ravelled(product), ravelled(want)
         assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want)
-    for function in (
-        lambda op: op.trace(),
-        lambda op: op.logdet(λ),
-        lambda op: op.logdet(jnp.asarray(λ, jnp.float64)),
-        lambda op: op.frobenius_norm(),
-    ):
-        got = function(operator)
+    for got, want in zip(numbers, wanted, strict=True):
         assert got.dtype == jnp.float32
-        np.testing.assert_allclose(got, function(wide), rtol=tolerance)
+        np.testing.assert_allclose(got, want, rtol=tolerance)
 
 
 def test_leaves_of_several_dtypes():
@@ -324,8 +340,9 @@ def test_leaves_of_several_dtypes():
     back = lambda params: jax.tree.map(lambda a: a.astype(jnp.float64), params)
     objective = cx.Objective(lambda p, x: it.predict(back(p), x), cx.SoftmaxCrossEntropy())
     operator = build(cx.KroneckerFactored, objective, cast(it.params), it.batch)
-    got = operator.mv(cast(it.params))
-    expected = small_sides("KroneckerFactored").mv(it.params)
+    product = eqx.filter_jit(lambda op, vector: op.mv(vector))
+    got = product(operator, cast(it.params))
+    expected = product(small_sides("KroneckerFactored"), it.params)
     for a, b, d in zip(
         jax.tree.leaves(got), jax.tree.leaves(expected), jax.tree.leaves(dtypes), strict=True
     ):
@@ -343,7 +360,7 @@ def test_one_datum(kind, loss):
     """The block of one datum of one direction of curvature is a product: for a scalar output."""
     it = Network((4, 5, 1) if loss == "squared" else (4, 5, 2), 1, loss)
     operator = build(getattr(cx, kind), it.objective, it.params, it.batch)
-    close(operator.as_matrix(), it.scatter([r.exact for r in it.reference]))
+    close(dense_of(operator), it.scatter([r.exact for r in it.reference]))
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
@@ -353,7 +370,7 @@ def test_one_datum_of_a_fisher_matrix(fisher):
     x, y = it.batch
     dense = oracles.dense(it.predict, "softmax", 1, "mean", 0.0, it.params, x, y, None)
     operator = build(cx.KroneckerFactored, it.objective, it.params, it.batch, fisher=fisher)
-    close(operator.as_matrix(), dense[fisher])
+    close(dense_of(operator), dense[fisher])
     if fisher == "exact":
         close(dense["exact"], dense["gauss_newton"])
 
@@ -370,8 +387,8 @@ def test_drawn_targets_average_to_the_exact_fisher():
         fisher="mc",
         samples=2000,
     )
-    np.testing.assert_allclose(drawn.as_matrix(), exact.as_matrix(), atol=0.03)
-    assert np.abs(drawn.as_matrix() - exact.as_matrix()).max() > 1e-6
+    np.testing.assert_allclose(dense_of(drawn), dense_of(exact), atol=0.03)
+    assert np.abs(dense_of(drawn) - dense_of(exact)).max() > 1e-6
 
 
 @pytest.mark.parametrize("kind", ["KroneckerFactored", "EigenvalueCorrected"])
@@ -381,7 +398,7 @@ def test_deep_linear_network_with_squared_error(kind):
     """
     it = Network((4, 5, 3, 2), 7, "squared", nonlinearity=lambda s: s, biases=False)
     operator = build(getattr(cx, kind), it.objective, it.params, it.batch)
-    matrix = operator.as_matrix()
+    matrix = dense_of(operator)
     gauss_newton = oracles.dense_gauss_newton(it.objective, it.params, it.batch)
     for place in it.places:
         block = np.ix_(place, place)
@@ -390,7 +407,7 @@ def test_deep_linear_network_with_squared_error(kind):
 
 def diagonal_blocks(objective, params, batch, layers):
     """The Gauss-Newton matrix with all but the given blocks (lists of leaves) set to zero."""
-    matrix = np.asarray(cx.GaussNewton(objective, params, batch).as_matrix())
+    matrix = np.asarray(dense_of(cx.GaussNewton(objective, params, batch)))
     names = sorted(params)
     ends = np.cumsum([0] + [params[name].size for name in names])
     numbers = {name: np.arange(*ends[i : i + 2]) for i, name in enumerate(names)}
@@ -414,9 +431,9 @@ def test_expand_is_exact_for_a_linear_model_with_a_loss_for_each_token():
     objective = cx.Objective(predict, cx.SquaredError(event_ndim=1))
     operator = build(cx.KroneckerFactored, objective, params, batch, sharing="expand")
     expected = diagonal_blocks(objective, params, batch, [["w1"], ["w2", "b2"]])
-    close(operator.as_matrix(), expected)
+    close(dense_of(operator), expected)
     reduced = build(cx.KroneckerFactored, objective, params, batch, sharing="reduce")
-    assert np.linalg.norm(reduced.as_matrix() - expected) > 0.1 * np.linalg.norm(expected)
+    assert np.linalg.norm(dense_of(reduced) - expected) > 0.1 * np.linalg.norm(expected)
 
 
 def test_reduce_is_exact_for_a_linear_model_with_a_loss_of_the_mean():
@@ -427,9 +444,9 @@ def test_reduce_is_exact_for_a_linear_model_with_a_loss_of_the_mean():
     expected = diagonal_blocks(objective, params, batch, [["w1", "b1"], ["w2"]])
     for kind in (cx.KroneckerFactored, cx.EigenvalueCorrected):
         operator = build(kind, objective, params, batch, sharing="reduce")
-        close(operator.as_matrix(), expected)
+        close(dense_of(operator), expected)
     expanded = build(cx.KroneckerFactored, objective, params, batch, sharing="expand")
-    assert np.linalg.norm(expanded.as_matrix() - expected) > 0.1 * np.linalg.norm(expected)
+    assert np.linalg.norm(dense_of(expanded) - expected) > 0.1 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -447,7 +464,7 @@ def test_convolution(sharing):
     objective = cx.Objective(predict, cx.SquaredError(event_ndim=1))
     operator = build(cx.KroneckerFactored, objective, params, batch, sharing=sharing)
     expected = diagonal_blocks(objective, params, batch, [["w", "b"]])
-    close(operator.as_matrix(), expected)
+    close(dense_of(operator), expected)
 
 
 def test_outputs_of_several_axes():
@@ -458,7 +475,7 @@ def test_outputs_of_several_axes():
     for reduction in ("mean", "sum"):
         objective = cx.Objective(predict, cx.SquaredError(half=False), reduction=reduction)
         operator = build(cx.KroneckerFactored, objective, params, batch)
-        close(operator.as_matrix(), diagonal_blocks(objective, params, batch, [["w", "b"]]))
+        close(dense_of(operator), diagonal_blocks(objective, params, batch, [["w", "b"]]))
 
 
 def test_weights_and_masks():
@@ -473,10 +490,10 @@ def test_weights_and_masks():
     weight = jnp.asarray([1.0, 2, 0, 1, 3, 1])
     for kind in (cx.KroneckerFactored, cx.EigenvalueCorrected):
         plain = build(kind, it.objective, it.params, it.batch)
-        close(build(kind, it.objective, it.params, padded).as_matrix(), plain.as_matrix())
+        close(dense_of(build(kind, it.objective, it.params, padded)), dense_of(plain))
         weighted = build(kind, it.objective, it.params, (x, y, weight))
-        exact = cx.GaussNewton(it.objective, it.params, (x, y, weight)).as_matrix()
-        close(weighted.as_matrix(), exact)
+        exact = dense_of(cx.GaussNewton(it.objective, it.params, (x, y, weight)))
+        close(dense_of(weighted), exact)
 
 
 # -- low rank ----------------------------------------------------------------------------------
@@ -487,16 +504,17 @@ def test_low_rank_is_kfac_where_the_factors_have_low_rank(all_sides_low_rank):
     it = Network((8, 7, 7), 3, "softmax", seed=2)
     operator = build(cx.LowRankKronecker, it.objective, it.params, it.batch, rank=6)
     assert all(isinstance(m.input, LowRankFactor) for m in operator.matrices)
-    for matrix, reference in zip(operator.matrices, it.reference, strict=True):
-        close(matrix.input.matrix()[0], reference.a, atol=1e-10)
+    sides = [sides_of(matrix) for matrix in operator.matrices]
+    for matrix, reference in zip(sides, it.reference, strict=True):
+        close(matrix["input"][0][0], reference.a, atol=1e-10)
         # Of the softmax's rank 6 for each of three examples.
-        close(matrix.output.trace(), np.trace(reference.g))
-    close(operator.matrices[1].output.matrix()[0], it.reference[1].g, atol=1e-10)
+        close(matrix["output"][1], np.trace(reference.g))
+    close(sides[1]["output"][0][0], it.reference[1].g, atol=1e-10)
 
 
 def test_as_many_columns_as_a_side_has_is_kfac(all_sides_low_rank):
     full = small_sides("KroneckerFactored")
-    close(small_sides("LowRankKronecker", rank=6, passes=1).as_matrix(), full.as_matrix())
+    close(dense_of(small_sides("LowRankKronecker", rank=6, passes=1)), dense_of(full))
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -505,14 +523,15 @@ def test_low_rank_keeps_the_trace_of_every_factor(rank, all_sides_low_rank):
     operator = small_sides("LowRankKronecker", rank=rank, passes=1)
     for matrix, reference in zip(operator.matrices, it.reference, strict=True):
         assert isinstance(matrix.input, LowRankFactor) and isinstance(matrix.output, LowRankFactor)
-        close(matrix.input.trace(), np.trace(reference.a))
-        close(matrix.output.trace(), np.trace(reference.g))
+        sides = sides_of(matrix)
+        close(sides["input"][1], np.trace(reference.a))
+        close(sides["output"][1], np.trace(reference.g))
     close(operator.trace(), np.trace(kron(it)))
 
 
 def test_sides_up_to_a_limit_are_held_whole():
     operator = small_sides("LowRankKronecker", passes=1)
-    close(operator.as_matrix(), small_sides("KroneckerFactored").as_matrix())
+    close(dense_of(operator), dense_of(small_sides("KroneckerFactored")))
 
 
 # -- embeddings, stacks, and other models --------------------------------------------------------
@@ -566,16 +585,19 @@ def test_questions_of_lineax():
         assert not lx.is_diagonal(each) and not lx.is_negative_semidefinite(each)
         assert each.T is each
         assert lx.linearise(each) is each
-    dense = operator.as_matrix()
-    close(lx.diagonal(operator), jnp.diagonal(dense))
-    close(lx.materialise(operator).as_matrix(), dense)
-    close((operator + cx.Scaled(operator, 2.0)).as_matrix(), 3 * dense)
+    dense = np.asarray(dense_of(operator))
+    diagonal, materialised = eqx.filter_jit(lambda op: (lx.diagonal(op), lx.materialise(op)))(
+        operator
+    )
+    close(diagonal, np.diagonal(dense))
+    close(dense_of(materialised), dense)
+    close(dense_of(operator + cx.Scaled(operator, 2.0)), 3 * dense)
 
 
 def test_inverse_as_a_preconditioner_saves_steps():
     it = Network((8, 6), 60, "softmax")
     it.batch = (it.batch[0] * jnp.logspace(-2, 1, 8)[None], it.batch[1])
-    vector = jax.grad(it.objective.value)(it.params, it.batch)
+    vector = gradient_of(it.objective, it.params, it.batch)
     operator = cx.GaussNewton(it.objective, it.params, it.batch)
 
     @eqx.filter_jit
@@ -585,7 +607,7 @@ def test_inverse_as_a_preconditioner_saves_steps():
         solution = lx.linear_solve(damped, vector, cx.CG(rtol=1e-7), options=options)
         return solution.value, solution.stats["num_steps"]
 
-    exact = oracles.damped_solve(operator.as_matrix(), 1e-3, vector)
+    exact = oracles.damped_solve(dense_of(operator), 1e-3, vector)
     steps = []
     for kind in (None, cx.KroneckerFactored, cx.EigenvalueCorrected):
         made = None if kind is None else build(kind, it.objective, it.params, it.batch)

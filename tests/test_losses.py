@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curvax import losses as cl
@@ -15,10 +15,6 @@ from . import oracles, strategies
 
 SEEDS = st.integers(0, 2**31)
 BUILT_IN = tuple(kind for kind in strategies.LOSS_KINDS if "custom" not in kind)
-
-
-def normal(seed, like):
-    return jax.random.normal(jax.random.key(seed), like.shape, like.dtype)
 
 
 def close(a, b, rtol=1e-10, atol=1e-10):
@@ -54,29 +50,34 @@ def test_check_accepts_and_value_has_the_lead_shape(drawn):
     loss, outputs, targets = drawn
     loss.check(outputs, targets)
     loss.check(*jax.eval_shape(lambda: (outputs, targets)))
-    jax.jit(lambda z, y: loss.check(z, y))(outputs, targets)
+    jax.eval_shape(lambda z, y: loss.check(z, y), outputs, targets)
     event_ndim = outputs.ndim - 1 if loss.event_ndim is None else loss.event_ndim
     lead = outputs.shape[: outputs.ndim - event_ndim]
-    assert loss.value(outputs, targets).shape == lead == loss.lead_shape(outputs)
+    value = jax.eval_shape(loss.value, outputs, targets)
+    assert value.shape == lead == loss.lead_shape(outputs)
 
 
 # -- derivatives -----------------------------------------------------------------------------
 
 
-@given(strategies.losses())
-def test_gradient(drawn):
-    loss, outputs, targets = drawn
-    gradient = loss.gradient(outputs, targets)
-    assert gradient.shape == outputs.shape
+@eqx.filter_jit
+def gradients(loss, outputs, targets):
+    coordinates = loss.gradient_coordinates(outputs, targets)
+    back = None if coordinates is None else loss.sqrt_product(outputs, targets, coordinates)
     reference = oracles.dense_event_gradient(loss, outputs, targets)
-    close(gradient.reshape(reference.shape), reference)
+    return loss.gradient(outputs, targets), back, reference
 
 
+@settings(max_examples=40)
 @given(strategies.losses())
-def test_hessian_product(drawn):
+def test_gradient_and_its_coordinates(drawn):
     loss, outputs, targets = drawn
-    reference = oracles.dense_event_hessian(loss, outputs, targets)
-    close(oracles.materialised_event_map("hessian_product", loss, outputs, targets), reference)
+    gradient, back, reference = gradients(loss, outputs, targets)
+    assert gradient.shape == outputs.shape
+    close(gradient.reshape(reference.shape), reference)
+    assert (back is None) == isinstance(loss, cl.CustomLoss)
+    if back is not None:
+        close(back, gradient)
 
 
 def expected_curvature(loss, outputs, targets):
@@ -90,38 +91,29 @@ def expected_curvature(loss, outputs, targets):
     return hessian if loss.convex else oracles.clipped(hessian)
 
 
-@given(strategies.losses())
-def test_square_root(drawn):
+@eqx.filter_jit
+def curvatures(loss, outputs, targets, vector):
+    names = ("hessian_product", "sqrt_product", "sqrt_transpose_product", "fisher_product")
+    maps = [oracles.materialised_event_map(name, loss, outputs, targets) for name in names]
+    hessian = oracles.dense_event_hessian(loss, outputs, targets)
+    expected = expected_curvature(loss, outputs, targets)
+    return maps, hessian, expected, loss.sqrt_product(outputs, targets, vector)
+
+
+@settings(max_examples=50)
+@given(strategies.losses(), SEEDS)
+def test_curvature_and_its_square_root(drawn, seed):
     loss, outputs, targets = drawn
-    root = oracles.materialised_event_map("sqrt_product", loss, outputs, targets)
-    transpose = oracles.materialised_event_map("sqrt_transpose_product", loss, outputs, targets)
-    fisher = oracles.materialised_event_map("fisher_product", loss, outputs, targets)
-    reference = expected_curvature(loss, outputs, targets)
+    vector = np.random.default_rng(seed).standard_normal(outputs.shape)
+    found = curvatures(loss, outputs, targets, jnp.asarray(vector, outputs.dtype))
+    (hessian, root, transpose, fisher), dense, expected, product = jax.tree.map(np.asarray, found)
+    close(hessian, dense)
     close(transpose, root.swapaxes(-1, -2))
-    close(root @ root.swapaxes(-1, -2), reference)
-    close(fisher, reference)
-
-
-@given(strategies.losses(), SEEDS)
-def test_square_root_is_linear_per_event(drawn, seed):
+    close(root @ root.swapaxes(-1, -2), expected)
+    close(fisher, expected)
     # What the basis vectors, equal on all events, would not show: events that mix.
-    loss, outputs, targets = drawn
-    u = normal(seed, outputs)
-    root = oracles.materialised_event_map("sqrt_product", loss, outputs, targets)
-    flat = u.reshape(root.shape[0], -1)
-    expected = jnp.einsum("eij,ej->ei", root, flat)
-    close(loss.sqrt_product(outputs, targets, u).reshape(flat.shape), expected)
-
-
-@given(strategies.losses(), SEEDS)
-def test_gradient_coordinates(drawn, seed):
-    loss, outputs, targets = drawn
-    coordinates = loss.gradient_coordinates(outputs, targets)
-    if isinstance(loss, cl.CustomLoss):
-        assert coordinates is None
-        return
-    back = loss.sqrt_product(outputs, targets, coordinates)
-    close(back, loss.gradient(outputs, targets))
+    flat = vector.reshape(root.shape[0], -1)
+    close(product.reshape(flat.shape), np.einsum("eij,ej->ei", root, flat))
 
 
 def test_events_without_label_weight_have_no_gradient_and_no_curvature():
@@ -207,13 +199,16 @@ def results(loss, outputs, targets):
     }
 
 
+compiled_results = eqx.filter_jit(results)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("kind", strategies.LOSS_KINDS)
 def test_dtypes(kind, dtype):
     loss, outputs, targets = batch(kind, dtype)
     with jax.numpy_dtype_promotion("strict"):
-        low = jax.jit(lambda z, y: results(loss, z, y))(outputs, targets)
-    exact = results(loss, *jax.tree.map(wide, (outputs, targets)))
+        low = compiled_results(loss, outputs, targets)
+    exact = compiled_results(loss, *jax.tree.map(wide, (outputs, targets)))
     for name, result in low.items():
         if result is None:
             continue
@@ -257,7 +252,7 @@ EXTREME = [
 @pytest.mark.parametrize(("loss", "outputs", "targets"), EXTREME)
 def test_extreme_outputs_are_finite_and_coordinates_exact(loss, outputs, targets, dtype):
     outputs = outputs.astype(dtype)
-    found = results(loss, outputs, targets)
+    found = compiled_results(loss, outputs, targets)
     for name, result in found.items():
         assert jnp.all(jnp.isfinite(result)), name
     # r² is finite as well: a Gram matrix of coordinates does not overflow.

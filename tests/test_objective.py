@@ -82,7 +82,7 @@ def test_all_masked_leaves_the_l2_term():
     problem = make_problem("dict", l2=0.4)
     x, y = problem.batch
     batch = (x * jnp.nan, y - 100, jnp.zeros(4))
-    value, gradient = jax.value_and_grad(problem.objective.value)(problem.params, batch)
+    value, gradient = jax.jit(jax.value_and_grad(problem.objective.value))(problem.params, batch)
     close(value, 0.2 * jnp.sum(flat(problem.params) ** 2))
     close(flat(gradient), 0.4 * flat(problem.params))
 
@@ -92,7 +92,7 @@ def test_masked_nan_inside_a_norm():
     # reach the other examples' derivatives where the input itself is finite.
     problem = make_problem("conv", "softmax", weights="example")
     gradient = jax.grad(lambda p: problem.objective.bind(problem.model)[1].value(p, problem.batch))
-    close(flat(gradient(problem.params)), problem.dense()["gradient"])
+    close(flat(jax.jit(gradient)(problem.params)), problem.dense()["gradient"])
 
 
 def test_unweighted_nan_is_not_hidden():
@@ -112,14 +112,18 @@ def test_value_over_uneven_micro_batches(cuts, recipe):
     problem = recipe.build()
     parts = strategies.micro_batches(problem.batch, cuts)
     params, objective = problem.params, problem.objective.without_l2()
-    total = 0.0
-    weight = 0.0
-    for part in parts:
-        x, y = objective.example(part)[:2]
-        values = objective.loss.value(objective.outputs(params, x), y)
-        share = objective.total_weight(part, values) if objective.reduction == "mean" else 1.0
-        total, weight = total + share * objective.value(params, part), weight + share
-    total = total / weight if objective.reduction == "mean" else total
+
+    @jax.jit
+    def over_parts(params, parts):
+        total, weight = 0.0, 0.0
+        for part in parts:
+            x, y = objective.example(part)[:2]
+            values = objective.loss.value(objective.outputs(params, x), y)
+            share = objective.total_weight(part, values) if objective.reduction == "mean" else 1.0
+            total, weight = total + share * objective.value(params, part), weight + share
+        return total / weight if objective.reduction == "mean" else total
+
+    total = over_parts(params, parts)
     close(total + 0.5 * problem.objective.l2 * jnp.sum(flat(params) ** 2), problem.dense()["value"])
 
 
@@ -128,12 +132,15 @@ def test_low_precision_parameters():
     narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), problem.model)
     x, y = problem.batch
     batch = (x.astype(jnp.bfloat16), y)
-    value, gradient = jax.value_and_grad(problem.objective.value)(narrow, batch)
+    value, gradient = jax.jit(jax.value_and_grad(problem.objective.value))(narrow, batch)
     assert value.dtype == jnp.float32
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(gradient))
     close(value, problem.dense()["value"], rtol=2e-2)
-    at = problem.objective.linearise(narrow, batch)
-    assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(problem.objective.gradient_of(at)))
+    linearised = lambda params: problem.objective.gradient_of(
+        problem.objective.linearise(params, batch)
+    )
+    gradient = jax.eval_shape(linearised, narrow)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(gradient))
 
 
 def test_pull_back_examples():
@@ -236,22 +243,33 @@ def test_stochastic():
     model = Dropped(KEY)
     objective = cx.Objective(predict_dropped, cx.SoftmaxCrossEntropy(), stochastic=True)
     params, objective = objective.bind(model)
-    keys = jax.random.split(KEY, 4)
-    outputs = jnp.stack([model(one, key) for one, key in zip(x, keys, strict=True)])
-    close(objective.outputs(params, x, KEY), outputs)
-    wanted = jnp.mean(objective.loss.value(outputs, y))
-    close(objective.value(params, (x, y), KEY), wanted)
-    assert objective.value(params, (x, y), jax.random.key(6)) != wanted
-    # One key, one network: products, rows and gradient agree on it
-    operator = cx.GaussNewton(objective, params, (x, y), KEY)
-    matrix = operator.as_matrix()
-    close(flat(operator.diagonal()), jnp.diagonal(matrix))
+    keys = list(jax.random.split(KEY, 4))
     vector = jax.tree.map(jnp.ones_like, params)
-    close(flat(operator.mv(vector)), jnp.sum(matrix, axis=1))
-    hessian = cx.Hessian(objective, params, (x, y), KEY)
-    point, unravel = ravel_pytree(params)
-    dense = jax.hessian(lambda v: objective.value(unravel(v), (x, y), KEY))(point)
-    close(hessian.as_matrix(), dense)
+
+    @eqx.filter_jit
+    def written_out(model):
+        outputs = jnp.stack([model(one, key) for one, key in zip(x, keys, strict=True)])
+        point, unravel = ravel_pytree(params)
+        hessian = jax.hessian(lambda v: objective.value(unravel(v), (x, y), KEY))(point)
+        return outputs, jnp.mean(objective.loss.value(outputs, y)), hessian
+
+    @jax.jit
+    def everything(params):
+        # One key, one network: products, rows and gradient agree on it
+        operator = cx.GaussNewton(objective, params, (x, y), KEY)
+        hessian = cx.Hessian(objective, params, (x, y), KEY)
+        views = operator.as_matrix(), flat(operator.diagonal()), flat(operator.mv(vector))
+        values = [objective.value(params, (x, y), key) for key in (KEY, jax.random.key(6))]
+        return objective.outputs(params, x, KEY), values, views, hessian.as_matrix()
+
+    outputs, wanted, dense = written_out(model)
+    seen, (value, other), (matrix, diagonal, product), hessian = everything(params)
+    close(seen, outputs)
+    close(value, wanted)
+    assert abs(other - wanted) > 1e-3
+    close(diagonal, np.diagonal(matrix))
+    close(product, np.sum(matrix, axis=1))
+    close(hessian, dense)
     for evaluate in (
         lambda: objective.value(params, (x, y)),
         lambda: objective.linearise(params, (x, y)),
@@ -298,8 +316,11 @@ def test_split_takes_any_pytree():
     batch = {"a": 0.25 * x, "b": 0.75 * x, "labels": y, "mask": weights, "id": jnp.arange(4)}
     dense = problem.dense()
     close(objective.value(problem.params, batch), dense["value"])
-    close(cx.GaussNewton(objective, problem.model, batch).as_matrix(), dense["gauss_newton"])
-    close(cx.Hessian(objective, problem.model, batch).as_matrix(), dense["hessian"])
+    for kind, name in ((cx.GaussNewton, "gauss_newton"), (cx.Hessian, "hessian")):
+        as_matrix = eqx.filter_jit(
+            lambda model, kind=kind: kind(objective, model, batch).as_matrix()
+        )
+        close(as_matrix(problem.model), dense[name])
 
 
 # -- bad input -------------------------------------------------------------------------------

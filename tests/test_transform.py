@@ -21,6 +21,7 @@ from tests.problems import (
     GAUSS_NEWTON_METHODS,
     METHODS,
     avals,
+    gradient_of,
     make_method,
     norm,
     predict,
@@ -174,19 +175,18 @@ def test_fisher_curvature(name, kind):
     updates, _ = jax.jit(method.update)(
         p.gradient, method.init(p.params), p.params, batch=p.batch, key=key
     )
-    fisher = cx.Fisher(p.objective, p.params, p.batch, key, kind, 2)
-    matrix = fisher.as_matrix()
+    fisher = lambda params: cx.Fisher(p.objective, params, p.batch, key, kind, 2).as_matrix()
+    matrix = jax.jit(fisher)(p.params)
     if kind == "exact":
         np.testing.assert_allclose(
             matrix, dense_gauss_newton(p.objective, p.params, p.batch), atol=1e-12
         )
     if kind == "empirical":
         x, y = p.batch
-        each = jax.vmap(
-            lambda x, y: jax.flatten_util.ravel_pytree(
-                jax.grad(p.objective.value)(p.params, (x[None], y[None]))
-            )[0]
-        )(x, y)
+        one = lambda x, y: jax.flatten_util.ravel_pytree(
+            gradient_of(p.objective, p.params, (x[None], y[None]))
+        )[0]
+        each = jax.jit(jax.vmap(one))(x, y)
         np.testing.assert_allclose(matrix, each.T @ each / x.shape[0], atol=1e-12)
     close(updates, damped_solve(matrix, float(jnp.float32(0.3)), p.gradient))
 
@@ -435,8 +435,10 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [*((name, "mixed") for name in METHODS), ("ggn_cg", "float32"), ("ggn_cg", "bfloat16")],
+)
 def test_updates_have_the_dtypes_of_the_parameters(name, dtypes):
     p = problem()
     params = {k: v.astype(d) for (k, v), d in zip(p.params.items(), DTYPES[dtypes], strict=True)}
@@ -448,7 +450,7 @@ def test_updates_have_the_dtypes_of_the_parameters(name, dtypes):
     batch = (p.batch[0].astype(jnp.float32), p.batch[1])
     method = rich(name, objective)
     state = method.init(params)
-    gradient = jax.grad(objective.value)(params, batch)
+    gradient = gradient_of(objective, params, batch)
     run = jax.jit(lambda *a: method.update(*a, batch=batch, key=jax.random.key(0)))
     updates, after = run(gradient, state, params)
     assert avals(updates) == avals(params)
@@ -541,45 +543,32 @@ def test_state_fields_are_found_by_name(name):
 # -- meshes ------------------------------------------------------------------------------------
 
 SHARDED = """
-    import sys
     import jax, jax.numpy as jnp, numpy as np, optax
     jax.config.update("jax_enable_x64", True)
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     import curvax as cx
     from tests.problems import METHODS, CG_METHODS, avals, make_method, problem
 
-    kind = sys.argv[1]
     assert len(jax.devices()) == 4
-    if kind == "explicit":
-        mesh = jax.make_mesh((4,), ("data",))
-        assert mesh.axis_types == (AxisType.Explicit,)
-    else:
-        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    meshes = {
+        "explicit": jax.make_mesh((4,), ("data",)),
+        "auto": jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)),
+    }
+    assert meshes["explicit"].axis_types == (AxisType.Explicit,)
     p = problem(seed=1)
     rng = np.random.default_rng(0)
     batch = (jnp.asarray(rng.standard_normal((8, 4))), jnp.asarray(rng.integers(0, 3, 8)))
 
-    for name in METHODS:
-        options = {"damping": cx.LevenbergMarquardt(4.0)}
-        if name in CG_METHODS:
-            options |= {"warm_start": 0.9, "preconditioner": cx.DiagonalPreconditioner(every=2)}
-        method = make_method(name, p.objective, **options)
-        optimizer = optax.chain(method, optax.trace(0.9), optax.scale(-0.5))
+    def check(name, step, mesh, wanted):
         traces = 0
 
         def run(params, state, batch, key):
-            global traces
+            nonlocal traces
             traces += 1
             return step.pure(params, state, batch, key)
 
-        step = cx.make_step(optimizer, method)
-        plain, plain_state = p.params, step.init(p.params)
-        for i in range(3):
-            plain, plain_state, _ = step(plain, plain_state, batch, jax.random.key(i))
-
         with jax.set_mesh(mesh):
-            whole = NamedSharding(mesh, P())
-            params = jax.device_put(p.params, whole)
+            params = jax.device_put(p.params, NamedSharding(mesh, P()))
             split = jax.device_put(batch, NamedSharding(mesh, P("data")))
             state = jax.jit(step.init)(params)
             before = avals(state), [a.sharding for a in jax.tree.leaves(state)]
@@ -592,24 +581,37 @@ SHARDED = """
                 for a, b, leaf in zip(after[1], before[1], jax.tree.leaves(state)):
                     assert a.is_equivalent_to(b, leaf.ndim), (name, i, a, b)
             assert traces == 1, (name, traces)
-        for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves((plain, plain_state))):
+        for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves(wanted)):
             tol = 1e-10 if a.dtype == jnp.float64 else 1e-5
             np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tol, atol=tol)
         assert int(state.skipped) == 0
-        print(name, "done")
+
+    for name in METHODS:
+        options = {"damping": cx.LevenbergMarquardt(4.0)}
+        if name in CG_METHODS:
+            options |= {"warm_start": 0.9, "preconditioner": cx.DiagonalPreconditioner(every=2)}
+        method = make_method(name, p.objective, **options)
+        optimizer = optax.chain(method, optax.trace(0.9), optax.scale(-0.5))
+        step = cx.make_step(optimizer, method)
+        plain, plain_state = p.params, step.init(p.params)
+        for i in range(3):
+            plain, plain_state, _ = step(plain, plain_state, batch, jax.random.key(i))
+        for kind, mesh in meshes.items():
+            check(name, step, mesh, (plain, plain_state))
+            print(name, kind)
 """
 
 
-@pytest.mark.parametrize("kind", ["explicit", "auto"])
-def test_state_keeps_its_sharding_and_results_equal_one_device(kind):
+def test_state_keeps_its_sharding_and_results_equal_one_device():
+    """On a mesh of explicit and one of automatic axes, in a process with more devices."""
     root = pathlib.Path(__file__).parents[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(root),
     }
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED), kind],
+        [sys.executable, "-c", textwrap.dedent(SHARDED)],
         capture_output=True,
         text=True,
         env=environment,
@@ -617,7 +619,8 @@ def test_state_keeps_its_sharding_and_results_equal_one_device(kind):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == [word for name in METHODS for word in (name, "done")]
+    kinds = ("explicit", "auto")
+    assert done.stdout.split() == [word for name in METHODS for k in kinds for word in (name, k)]
 
 
 def test_batch_of_another_size_needs_no_other_state():
@@ -625,7 +628,7 @@ def test_batch_of_another_size_needs_no_other_state():
     method = make_method("ggn_cg", p.objective, damping=0.3, solver=EXACT_CG)
     state = method.init(p.params)
     for batch in (p.batch, p.other_batch):
-        gradient = jax.grad(p.objective.value)(p.params, batch)
+        gradient = gradient_of(p.objective, p.params, batch)
         updates, state = jax.jit(method.update)(gradient, state, p.params, batch=batch)
         matrix = dense_gauss_newton(p.objective, p.params, batch)
         close(updates, damped_solve(matrix, float(jnp.float32(0.3)), gradient))
