@@ -14,8 +14,8 @@ from jaxtyping import Array
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Below this size a triangular matrix is inverted by substitution.
 _LEAF = 64
-# Matrices whose sizes fall between the same two multiples of this are factorised together.
-_BUCKET = 128
+# Matrices are factorised together with larger ones of which they have this share of the size.
+_NEAR = 0.8
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -97,11 +97,12 @@ def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
     speed.
     """
     groups: dict[int, list[int]] = {}
-    for i, stack in enumerate(stacks):
-        groups.setdefault(-(-stack.shape[-1] // _BUCKET), []).append(i)
+    for i in sorted(range(len(stacks)), key=lambda i: -stacks[i].shape[-1]):
+        size = stacks[i].shape[-1]
+        near = next((largest for largest in groups if size >= _NEAR * largest), size)
+        groups.setdefault(near, []).append(i)
     results: list[tuple[Array, Array]] = [(stack, stack) for stack in stacks]
-    for members in groups.values():
-        size = max(stacks[i].shape[-1] for i in members)
+    for size, members in groups.items():
         lower = jnp.linalg.cholesky(joined([_grown(stacks[i], size) for i in members]))
         inverse = _triangular_inverse(lower)
         for i, span in zip(members, spans([stacks[i] for i in members]), strict=True):
