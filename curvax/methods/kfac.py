@@ -12,7 +12,7 @@ from curvax.damping import AbstractDamping
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
 from curvax.scalings import AbstractScaling, KLClip
-from curvax.taps.blocks import StateBudget
+from curvax.taps.blocks import Ranks, StateBudget
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Sharing
 from curvax.transform import Method
@@ -21,7 +21,7 @@ from curvax.transform import Method
 def kfac(
     objective: Objective,
     *,
-    rank: float | int | None = 0.15,
+    rank: Ranks = 0.15,
     state_budget: str | None = None,
     refresh_every: int = 10,
     fisher: FisherKind = "mc",
@@ -52,7 +52,9 @@ def kfac(
       n × n matrix is formed. Sides of at most 32 are full whatever the rank, and those above 8192
       diagonal. A share is rounded down to a multiple of 16, and gives a side at most half as many
       columns as the weight's other side has entries (32 at the least), so that a basis costs no
-      more than half of its weight.
+      more than half of its weight. A pair is for the inputs and for the outputs. A mapping gives
+      some weights a rank of their own, by a part of their path: `{"embed": 64, "head": None, "":
+      0.1}`. The longest part that a path has decides; `""` is for the rest, 0.15 if it is left out.
     - `state_budget`: instead of a rank, what the state may cost, a momentum included, such as
       `"0.75x adam"`: the largest share that fits is taken.
     - `refresh_every`: steps from one refresh to the next. Curvature changes slowly, and a refresh

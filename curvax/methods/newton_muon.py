@@ -12,14 +12,14 @@ from curvax.damping import AbstractDamping
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
 from curvax.scalings import AbstractScaling, Orthogonalised
-from curvax.taps.blocks import StateBudget
+from curvax.taps.blocks import Ranks, StateBudget
 from curvax.transform import Method
 
 
 def newton_muon(
     objective: Objective,
     *,
-    rank: float | int | None = 0.15,
+    rank: Ranks = 0.15,
     state_budget: str | None = None,
     refresh_every: int = 10,
     damping: AbstractDamping | ScalarLike = 1e-2,

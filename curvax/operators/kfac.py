@@ -22,7 +22,7 @@ from curvax.operators.kronecker import (
 )
 from curvax.plan.moments import BlockMoments, Recipe, moments_of
 from curvax.refresh import FactorMemory, first_factor, refresh
-from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock
+from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock, Ranks
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Moment, Sharing
 
@@ -218,8 +218,8 @@ class LowRankKronecker(AbstractBlockOperator):
 
     **Arguments** as of [`KroneckerFactored`][curvax.KroneckerFactored], and
 
-    - `rank`: a share of a factor's size, or a number of columns; small sides are full all the same
-      (see [`kfac`][curvax.methods.kfac.kfac]).
+    - `rank`: a share of a factor's size, a number of columns, or a mapping to these from parts of
+      paths; small sides are full all the same (see [`kfac`][curvax.methods.kfac.kfac]).
     - `passes`: over the batch, each a step of subspace iteration from a random basis (Halko et al.
       2011), by a Nyström approximation (Tropp et al. 2017).
 
@@ -238,7 +238,7 @@ class LowRankKronecker(AbstractBlockOperator):
         batch: Batch,
         key: PRNGKeyArray | None = None,
         *,
-        rank: float | int = 0.15,
+        rank: Ranks = 0.15,
         passes: int = 3,
         fisher: FisherKind = "exact",
         samples: int = 1,
@@ -282,7 +282,7 @@ class LowRankKronecker(AbstractBlockOperator):
         self.structure = _tree.freeze(_tree.structure(params))
 
 
-def _recipe(key: PRNGKeyArray | None, rank: float | int | None, fisher: Any, *rest: Any) -> Recipe:
+def _recipe(key: PRNGKeyArray | None, rank: Ranks, fisher: Any, *rest: Any) -> Recipe:
     recipe = Recipe(rank, fisher, *rest)
     if fisher == "mc" and key is None:
         raise ValueError("key: got None, but fisher='mc' draws targets: pass a key.")

@@ -8,7 +8,14 @@ from jaxtyping import PRNGKeyArray
 
 from curvax.objective import Batch, Objective, Params
 from curvax.plan.quantities import AbstractQuantity, Scope
-from curvax.taps.blocks import Block, KroneckerBlock, Rank, find_blocks, input_side
+from curvax.taps.blocks import (
+    Block,
+    KroneckerBlock,
+    Rank,
+    as_rank,
+    find_blocks,
+    input_side,
+)
 from curvax.taps.moments import FisherKind, Moments, collect_moments, tapped_pass
 from curvax.taps.statistics import Sharing
 
@@ -18,7 +25,8 @@ class Recipe:
     """What Kronecker factors are made of.
 
     - `rank`: of a factor's basis: a share of its size, a number of columns, None for full
-      matrices, or a `StateBudget`.
+      matrices, a pair of these for inputs and outputs, a mapping to these from parts of paths, or
+      a `StateBudget`.
     - `fisher`: `"mc"` (targets drawn from the model, `samples` for each event), `"exact"` (a
       backward pass for each output), `"empirical"` (the targets of the batch, in the gradient's
       own backward pass), or `"forward_only"` (the input factors alone; G = I).
@@ -41,12 +49,7 @@ class Recipe:
             raise ValueError(f"sharing: got {self.sharing!r}, wanted 'expand' or 'reduce'.")
         if self.samples < 1:
             raise ValueError(f"samples: got {self.samples}, wanted at least 1.")
-        share = isinstance(self.rank, float) and not 0 < self.rank <= 1
-        if share or (isinstance(self.rank, int) and self.rank < 1):
-            raise ValueError(
-                f"rank: got {self.rank}, wanted a share in (0, 1], a number of columns ≥ 1, or "
-                "None for full factors."
-            )
+        object.__setattr__(self, "rank", as_rank(self.rank))
 
     def blocks(self, objective: Objective, params: Params, x: Any) -> tuple[Any, tuple[Block, ...]]:
         """The jaxpr of one example, and the blocks of the parameters."""

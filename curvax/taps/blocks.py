@@ -12,6 +12,7 @@ import numpy as np
 from curvax import _tree
 from curvax.objective import Objective, Params
 from curvax.taps.arrangement import Elementwise, Lookup
+from curvax.taps.by_path import ByPath
 from curvax.taps.find import Found, Unknown, Use, find_uses, on_host
 from curvax.taps.layout import View
 from curvax.taps.statistics import Kind, Sharing, Statistics
@@ -22,6 +23,8 @@ LONGEST = 8192
 WHOLE = 32
 # Ranks given as a share are rounded down to whole tiles of matrix units.
 TILE = 16
+# The default of the methods, and of leaves that a mapping of ranks leaves out.
+SHARE = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +160,31 @@ class StateBudget:
         return StateBudget(float(match[1]))
 
 
-Rank = float | int | None | StateBudget
+# Of a factor: a share of its size, a number of columns, or None for a full matrix.
+SideRank = float | int | None
+# Of a block: of both its factors, or of the input's and of the output's.
+BlockRank = SideRank | tuple[SideRank, SideRank]
+Ranks = BlockRank | Mapping[str, BlockRank]
+Rank = Ranks | ByPath | StateBudget
+
+
+def as_rank(rank: Rank) -> BlockRank | ByPath | StateBudget:
+    """A rank as a hashable value. **Raises** `ValueError` for one out of range."""
+    if isinstance(rank, Mapping):
+        rank = ByPath.of("rank", rank)
+    if isinstance(rank, StateBudget):
+        return rank
+    wanted = dict(rank.items) if isinstance(rank, ByPath) else {"": rank}
+    for part, each in wanted.items():
+        for side in each if isinstance(each, tuple) else (each,):
+            share = isinstance(side, float) and not 0 < side <= 1
+            if share or (isinstance(side, int) and side < 1):
+                where = f" for {part!r}" if isinstance(rank, ByPath) else ""
+                raise ValueError(
+                    f"rank: got {side}{where}, wanted a share in (0, 1], a number of columns ≥ 1, "
+                    "or None for full factors."
+                )
+    return rank
 
 
 def find_blocks(
@@ -171,7 +198,10 @@ def find_blocks(
     """The jaxpr of one example of a batch of inputs x, and the blocks of its parameters.
 
     `diagonal` names leaves (by a part of their path) whose block is to be diagonal.
+
+    **Raises** `ValueError` for a rank out of range, or for a path that no leaf has.
     """
+    rank = as_rank(rank)
     first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     leaves, treedef = jax.tree.flatten(params)
     one = jax.tree.map(first, x)
@@ -185,7 +215,13 @@ def find_blocks(
     found = find_uses(closed.jaxpr, variables)
     paths = _tree.paths(params)
     make = lambda rank: _blocks(found, paths, leaves, rank, diagonal)
-    return closed, _affordable(make, leaves, rank) if isinstance(rank, StateBudget) else make(rank)
+    if isinstance(rank, StateBudget):
+        return closed, _affordable(make, leaves, rank)
+    blocks = make(rank)
+    if isinstance(rank, ByPath):
+        # A leaf in slices has a block, and a path, for each.
+        rank.check(list(dict.fromkeys((*paths, *(block.path for block in blocks)))))
+    return closed, blocks
 
 
 def _affordable(make: Any, leaves: list[Any], budget: StateBudget) -> tuple[Block, ...]:
@@ -275,7 +311,9 @@ def _block(
     bias = bias_views.pop() if len(bias_views) == 1 and not any(swapped) else None
     arrangement = frame.arrangement
     inputs, outputs = arrangement.inputs + (bias is not None), arrangement.outputs
-    input, output = Form.of(inputs, outputs, rank), Form.of(outputs, inputs, rank)
+    chosen = rank.get(path, SHARE) if isinstance(rank, ByPath) else rank
+    ranks = chosen if isinstance(chosen, tuple) else (chosen, chosen)
+    input, output = Form.of(inputs, outputs, ranks[0]), Form.of(outputs, inputs, ranks[1])
     if any(isinstance(use.arrangement, Lookup) for use in uses):
         input = Form("diagonal", arrangement.inputs)
     return KroneckerBlock(

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from curvax import _tree
 from curvax._tables import table
 from curvax.objective import Batch, Objective
-from curvax.taps.blocks import Block, DiagonalBlock, Form, find_blocks
+from curvax.taps.blocks import Block, DiagonalBlock, Form, Ranks, find_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def sites(
     model: PyTree[Any],
     batch: Batch,
     *,
-    rank: float | int | None = None,
+    rank: Ranks = None,
     diagonal: tuple[str, ...] = (),
 ) -> Sites:
     """Every parameter leaf of a model: how it is used, and which block it goes to.
@@ -120,7 +120,8 @@ def sites(
 
     **Returns** the sites in the order of the leaves. Print them for a table; `fallbacks` has the
     leaves that fell back to a diagonal. Nothing is computed: the model is traced on the shapes of
-    one example. **Raises** `ValueError` for a batch that is no batch of this objective.
+    one example. **Raises** `ValueError` for a batch that is no batch of this objective, and for a
+    rank out of range or for a path that no leaf has.
     """
     params, objective = objective.bind(model)
     x = objective.example(batch).x
