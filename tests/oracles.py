@@ -297,6 +297,13 @@ def kfac_reduce_reference(x, g, bias: bool = False) -> tuple[np.ndarray, np.ndar
     return _sum_of_outer(x.mean(axis=1)) / len(x), _sum_of_outer(g.sum(axis=-2))
 
 
+def fused_reference(x, g, parts: int, factors=kfac_expand_reference) -> list[tuple]:
+    """(A, G) of each of the layers with a bias whose outputs stand one after another in those of
+    one weight, by `factors`.
+    """
+    return [factors(x, part, bias=True) for part in np.split(np.asarray(g), parts, axis=-1)]
+
+
 def shared_block_reference(x, g, bias: bool = False) -> np.ndarray:
     """The exact block of a shared weight: Σ over examples of vec(Σ_t g_t x_tᵀ) vec(·)ᵀ."""
     x, g = _with_one(x) if bias else np.asarray(x), np.asarray(g)

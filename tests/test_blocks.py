@@ -1,15 +1,20 @@
 """Which block a leaf goes to, and in which form its factors are held, as it was asked for."""
 
+import functools
 import itertools
+from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import curvax as cx
 from curvax.plan.moments import Recipe
 from curvax.taps.blocks import SHARE
+from tests import oracles, zoo
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
@@ -125,3 +130,206 @@ def test_slices_have_paths_of_their_own():
     x = objective.example(batch).x
     _, blocks = Recipe({"['w'][0]": 3, "": 5}).blocks(objective, params, x)
     assert sorted(block.input.rank for block in blocks) == [3, 5]
+
+
+# -- fused weights -----------------------------------------------------------------------------
+
+
+class Fused(NamedTuple):
+    """A model with one weight for queries, keys and values, and the rows of that weight."""
+
+    objective: cx.Objective
+    params: dict
+    batch: tuple
+    x: np.ndarray  # (B, T, in)
+    g: np.ndarray  # (columns, B, T, out), whose squares make up the Gauss-Newton matrix
+
+    def place(self, parts: int) -> np.ndarray:
+        """For each part, where the entries of [W b], row by row, stand among all parameters."""
+        _, unravel = jax.flatten_util.ravel_pytree(self.params)
+        size = sum(leaf.size for leaf in self.params.values())
+        numbers = unravel(jnp.arange(float(size)))
+        joined = jnp.concatenate([numbers["qkv"].T, numbers["qkv_bias"][:, None]], axis=1)
+        return np.asarray(joined.reshape(parts, -1)).astype(int)
+
+
+@functools.cache
+def fused() -> Fused:
+    params, predict, batch, loss = zoo.ZOO["fused_qkv"]()
+    x = batch[0]
+    events, classes = x.shape[0] * x.shape[1], params["readout"].shape[1]
+
+    def from_products(products, x):
+        """The rest of the model, behind the fused product of one example."""
+        heads = (a.reshape(len(x), 2, -1) for a in jnp.split(products, 3, axis=-1))
+        h = zoo.attend(*heads).reshape(len(x), -1) @ params["out"]
+        return jnp.tanh(x + h) @ params["readout"]
+
+    def rows(x):
+        products = x @ params["qkv"] + params["qkv_bias"][None]
+        z, pull = jax.vjp(lambda s: from_products(s, x), products)
+        np.testing.assert_allclose(z, predict(params, x))
+        p = jax.nn.softmax(z)
+        root = (
+            jnp.sqrt(p)[:, :, None] * jnp.eye(classes)[None] - p[:, :, None] * jnp.sqrt(p)[:, None]
+        )
+        cotangents = jnp.einsum("tij,ts->sjti", root, jnp.eye(len(z))).reshape(-1, *z.shape)
+        return jax.vmap(lambda u: pull(u)[0])(cotangents)
+
+    g = np.stack([rows(one) for one in x], axis=1) / np.sqrt(events)
+    objective = cx.Objective(predict, loss, example=batch)
+    return Fused(objective, params, batch, np.asarray(x), g)
+
+
+def dense(kind, it, **options):
+    build = lambda params: getattr(cx, kind)(it.objective, params, it.batch, **options).as_matrix()
+    return np.asarray(jax.jit(build)(it.params))
+
+
+@pytest.mark.parametrize("parts", [3, 6])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_fused_weight_has_the_blocks_of_its_projections(parts, sharing):
+    """Of queries, keys and values; or of each of their two heads."""
+    it = fused()
+    matrix = dense("KroneckerFactored", it, fused={"qkv": parts}, sharing=sharing)
+    factors = getattr(oracles, f"kfac_{sharing}_reference")
+    wanted = oracles.fused_reference(it.x, it.g, parts, factors)
+    for place, (a, g) in zip(it.place(parts), wanted, strict=True):
+        close(matrix[np.ix_(place, place)], oracles.kronecker_dense(g, a))
+        # And nothing between a part and whatever else.
+        others = np.setdiff1d(np.arange(len(matrix)), place)
+        assert not matrix[np.ix_(place, others)].any()
+
+
+def test_eigenvalues_of_a_fused_weight_are_corrected_part_by_part():
+    it = fused()
+    matrix = dense("EigenvalueCorrected", it, fused={"qkv": 3})
+    x, columns = it.x.reshape(-1, it.x.shape[-1]), np.split(it.g, 3, axis=-1)
+    for place, g in zip(it.place(3), columns, strict=True):
+        basis = oracles.ekfac_reference(x, g.reshape(len(g), len(x), -1), bias=True)
+        close(matrix[np.ix_(place, place)], basis.dense)
+
+
+def test_low_rank_of_a_fused_weight(monkeypatch):
+    """The bases of all parts side by side: exact where they have all columns but one."""
+    monkeypatch.setattr("curvax.taps.blocks.WHOLE", 1)
+    it = fused()
+    # The inputs span 4 of 5 dimensions, and so do the four of a part's outputs at rank 3.
+    x, y = it.batch
+    flat = it._replace(batch=(x.at[..., 3].set(1.0), y))
+    options = {"fused": {"qkv": 3}}
+    low = dense("LowRankKronecker", flat, rank={"": None, "qkv": (4, None)}, **options)
+    close(low, dense("KroneckerFactored", flat, **options), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_a_step_of_a_fused_weight_is_that_of_its_projections(name):
+    it = fused()
+
+    def apart(params):
+        weights, biases = (jnp.split(params[k], 3, axis=-1) for k in ("qkv", "qkv_bias"))
+        rest = {k: params[k] for k in ("out", "readout")}
+        return rest | {"w": list(weights), "b": list(biases)}
+
+    def together(params):
+        joined = {"qkv": jnp.concatenate(params["w"], axis=-1)}
+        joined["qkv_bias"] = jnp.concatenate(params["b"])
+        return joined | {k: params[k] for k in ("out", "readout")}
+
+    def predict_apart(params, x):
+        q, k, v = (
+            (x @ w + b[None]).reshape(len(x), 2, -1)
+            for w, b in zip(params["w"], params["b"], strict=True)
+        )
+        h = zoo.attend(q, k, v).reshape(len(x), -1) @ params["out"]
+        return jnp.tanh(x + h) @ params["readout"]
+
+    separate = cx.Objective(predict_apart, it.objective.loss, example=it.batch)
+    results = []
+    for objective, params, options in (
+        (it.objective, it.params, {"fused": {"qkv": 3}}),
+        (separate, apart(it.params), {}),
+    ):
+        if name == "kfac":
+            options["rank"] = None
+        build = getattr(cx.methods, name)
+        method = build(objective, fisher="exact", damping=0.1, refresh_every=2, **options)
+        step = cx.make_step(optax.chain(method, optax.scale(-0.1)), method)
+        state = step.init(params)
+        for _ in range(2):
+            params, state, info = step(params, state, it.batch)
+        assert bool(info.finite)
+        results.append(params)
+    jax.tree.map(lambda a, b: close(a, b, rtol=1e-8), results[0], together(results[1]))
+
+
+@pytest.mark.parametrize(
+    "name, weight, parts",
+    [("transformer_scanned", "qkv", 3), ("conv_grouped", ".conv.weight", 3), ("moe_vmap", "w1", 5)],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_parts_of_stacks(name, weight, parts, weighted):
+    """Scanned layers, groups, experts: blocks on the diagonal of G, and the same A for each."""
+    model, predict, batch, loss = zoo.ZOO[name]()
+    if weighted:
+        batch = (*batch, jnp.arange(1.0, 1 + len(batch[1])))
+    objective = cx.Objective(predict, loss)
+    build = lambda **options: eqx.filter_jit(
+        lambda model: cx.KroneckerFactored(objective, model, batch, fisher="empirical", **options)
+    )(model)
+    whole, split = build(), build(fused={weight: parts})
+    i = next(i for i, block in enumerate(whole.blocks) if weight in block.path)
+    (a, g), (each_a, each_g) = (
+        (matrix.input.values, matrix.output.values)
+        for matrix in (whole.matrices[i], split.matrices[i])
+    )
+    size = g.shape[1] // parts
+    close(each_a, np.repeat(a, parts, axis=0))
+    wanted = [
+        matrix[k * size : (k + 1) * size, k * size : (k + 1) * size]
+        for matrix in np.asarray(g)
+        for k in range(parts)
+    ]
+    close(each_g, np.stack(wanted))
+
+
+def test_fused_weights_in_the_table_of_sites():
+    it = fused()
+    table = cx.sites(it.objective, it.params, it.batch, fused={"qkv": 3})
+    site = table["['qkv']"]
+    assert (site.stack, site.parts) == (3, 3)
+    assert [form.size for form in site.factors] == [5, 4]
+    assert table["['qkv_bias']"].block == "['qkv']"
+    assert "3 (3 parts)" in str(table)
+
+
+def test_weights_that_are_no_such_parts():
+    it = fused()
+
+    def sites(parts):
+        return cx.sites(it.objective, it.params, it.batch, fused=parts)
+
+    with pytest.raises(ValueError, match=r"got 5 parts for \['qkv'\], whose 12 outputs are no 5"):
+        sites({"qkv": 5})
+    with pytest.raises(ValueError, match=r"got the key 'kqv', .* there are \['out'\], \['qkv'\], "):
+        sites({"kqv": 3})
+    with pytest.raises(ValueError, match=r"fused: got 0 for 'qkv', wanted a number of parts"):
+        sites({"qkv": 0})
+    model, predict, batch, loss = zoo.ZOO["tied_embedding"]()
+    objective = cx.Objective(predict, loss)
+    with pytest.raises(ValueError, match=r"got 2 parts for \['embedding'\], which the model"):
+        cx.sites(objective, model, batch, fused={"embedding": 2})
+    model, predict, batch, loss = zoo.ZOO["transformer"]()
+    with pytest.raises(ValueError, match=r"tokens.weight, wanted a weight, not an embedding"):
+        cx.sites(cx.Objective(predict, loss), model, batch, fused={"tokens": 2})
+
+
+def test_a_weight_that_the_model_takes_apart_itself():
+    params = {"w": jnp.ones((6, 3))}
+    predict = lambda p, x: jnp.tanh(p["w"][:3] @ x) * (p["w"][3:] @ x)
+    batch = jnp.ones((2, 3)), jnp.ones((2, 3))
+    objective = cx.Objective(predict, cx.SquaredError())
+    plain = cx.sites(objective, params, batch)
+    assert cx.sites(objective, params, batch, fused={"w": 2}) == plain
+    with pytest.raises(ValueError, match=r"got 3 parts .* uses as 2 different matrices"):
+        cx.sites(objective, params, batch, fused={"w": 3})

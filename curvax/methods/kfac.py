@@ -1,5 +1,7 @@
 """Kronecker-factored curvature: K-FAC."""
 
+from collections.abc import Mapping
+
 from jaxtyping import ScalarLike
 
 from curvax.blockwise import (
@@ -33,6 +35,7 @@ def kfac(
     decay: float = 0.9,
     stagger: int = 1,
     diagonal: tuple[str, ...] = (),
+    fused: Mapping[str, int] | None = None,
 ) -> Method:
     """(G + γ_G I)⁻¹ ∇W (A + γ_A I)⁻¹ for each weight W, with A and G kept as moving averages.
 
@@ -85,6 +88,9 @@ def kfac(
       refreshed in the same step. More make that step less slow, and are more executables to
       compile. Blocks are dealt out by cost; in step 0 all are refreshed.
     - `diagonal`: parts of the paths of leaves that are to have a diagonal block.
+    - `fused`: for weights that are several in one, by a part of their path, of how many equal parts
+      their outputs consist: `{"qkv": 3}`, or three times the heads. Each part has a block of its
+      own, with its own G and the A of all. The bias goes along.
 
     **Returns** an Optax transformation that keeps the sign of the gradient: chain it with
     `optax.trace(0.9)` and `optax.scale_by_learning_rate`, and give the chain to
@@ -101,6 +107,6 @@ def kfac(
     for `fisher="mc"` without a key, and for a batch on which the model has other blocks.
     """
     held = rank if state_budget is None else StateBudget.parse(state_budget)
-    recipe = Recipe(held, fisher, samples, sharing, diagonal)
+    recipe = Recipe(held, fisher, samples, sharing, diagonal, fused)
     factors = KroneckerPreconditioner(recipe, refresh_every, stagger, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

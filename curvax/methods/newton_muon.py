@@ -1,5 +1,7 @@
 """Muon on a gradient that is preconditioned on its input side."""
 
+from collections.abc import Mapping
+
 from jaxtyping import ScalarLike
 
 from curvax.blockwise import (
@@ -28,6 +30,7 @@ def newton_muon(
     decay: float = 0.9,
     stagger: int = 1,
     diagonal: tuple[str, ...] = (),
+    fused: Mapping[str, int] | None = None,
 ) -> Method:
     """The orthogonal factor of ∇W (A + γI)⁻¹ for each weight W: Muon in the metric of the inputs.
 
@@ -40,8 +43,8 @@ def newton_muon(
     **Arguments:**
 
     - `objective`: what is minimised, made with `example=` a batch or its shapes.
-    - `rank`, `state_budget`, `refresh_every`, `decay`, `stagger`, `diagonal`: as of
-      [`kfac`][curvax.methods.kfac.kfac], for A.
+    - `rank`, `state_budget`, `refresh_every`, `decay`, `stagger`, `diagonal`,
+      `fused`: as of [`kfac`][curvax.methods.kfac.kfac], for A. Parts are orthogonalised apart.
     - `damping`, `split`: what is added to A: under [`RelativeTikhonov`][curvax.RelativeTikhonov] √λ
       times its mean eigenvalue, which has no unit.
     - `scaling`: the orthogonalisation, with Muon's momentum before it. Another scaling makes
@@ -61,6 +64,6 @@ def newton_muon(
     **Raises** `ValueError` where [`kfac`][curvax.methods.kfac.kfac] does; no key is needed.
     """
     held = rank if state_budget is None else StateBudget.parse(state_budget)
-    recipe = Recipe(held, "forward_only", 1, "expand", diagonal)
+    recipe = Recipe(held, "forward_only", 1, "expand", diagonal, fused)
     factors = KroneckerPreconditioner(recipe, refresh_every, stagger, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

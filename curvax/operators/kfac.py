@@ -1,6 +1,7 @@
 """K-FAC approximations of an objective's curvature as operators on their own."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import equinox as eqx
@@ -119,6 +120,8 @@ class KroneckerFactored(AbstractBlockOperator):
     - `samples`: of `"mc"`.
     - `sharing`: `"expand"` or `"reduce"` over positions that share a weight.
     - `diagonal`: parts of the paths of leaves that are to have a diagonal block.
+    - `fused`: for weights that are several in one, by a part of their path, of how many equal parts
+      their outputs consist; each has a block of its own.
 
     It holds the factors, n² + m² numbers for an m × n weight. No layer is tagged or wrapped:
     [`sites`][curvax.sites] shows what was found. **Raises** `ValueError` as the objective does for
@@ -140,8 +143,9 @@ class KroneckerFactored(AbstractBlockOperator):
         samples: int = 1,
         sharing: Sharing = "expand",
         diagonal: tuple[str, ...] = (),
+        fused: Mapping[str, int] | None = None,
     ):
-        recipe = _recipe(key, None, fisher, samples, sharing, diagonal)
+        recipe = _recipe(key, None, fisher, samples, sharing, diagonal, fused)
         params, objective = objective.bind(model)
         self.blocks, moments = moments_of(objective, params, batch, key, BlockMoments(recipe))
         self.matrices = tuple(_matrix(block, moments[block.path], fisher) for block in self.blocks)
@@ -174,6 +178,7 @@ class EigenvalueCorrected(AbstractBlockOperator):
         samples: int = 1,
         sharing: Sharing = "expand",
         diagonal: tuple[str, ...] = (),
+        fused: Mapping[str, int] | None = None,
     ):
         if fisher == "forward_only":
             raise ValueError("fisher: got 'forward_only', wanted a flavour that sees gradients.")
@@ -186,8 +191,9 @@ class EigenvalueCorrected(AbstractBlockOperator):
             samples=samples,
             sharing=sharing,
             diagonal=diagonal,
+            fused=fused,
         )
-        recipe = _recipe(key, None, fisher, samples, sharing, diagonal)
+        recipe = _recipe(key, None, fisher, samples, sharing, diagonal, fused)
         params, objective = objective.bind(model)
         spectral = {
             block.path: matrix.spectral()
@@ -244,10 +250,11 @@ class LowRankKronecker(AbstractBlockOperator):
         samples: int = 1,
         sharing: Sharing = "expand",
         diagonal: tuple[str, ...] = (),
+        fused: Mapping[str, int] | None = None,
     ):
         if passes < 1:
             raise ValueError(f"passes: got {passes}, wanted at least 1.")
-        recipe = _recipe(key, rank, fisher, samples, sharing, diagonal)
+        recipe = _recipe(key, rank, fisher, samples, sharing, diagonal, fused)
         params, objective = objective.bind(model)
         objective.check(params, batch, key)
         self.blocks = recipe.blocks(objective, params, objective.example(batch).x)[1]

@@ -11,7 +11,9 @@ from curvax.plan.quantities import AbstractQuantity, Scope
 from curvax.taps.blocks import (
     Block,
     KroneckerBlock,
+    Parts,
     Rank,
+    as_parts,
     as_rank,
     find_blocks,
     input_side,
@@ -33,6 +35,7 @@ class Recipe:
     - `sharing`: `"expand"` or `"reduce"` over the positions that share a weight (Eschenhagen et
       al. 2023).
     - `diagonal`: parts of the paths of leaves whose blocks are to be diagonal.
+    - `fused`: for weights that are several in one, by a part of their path, how many.
     """
 
     rank: Rank = None
@@ -40,6 +43,7 @@ class Recipe:
     samples: int = 1
     sharing: Sharing = "expand"
     diagonal: tuple[str, ...] = ()
+    fused: Parts = None
 
     def __post_init__(self):
         kinds = ("mc", "exact", "empirical", "forward_only")
@@ -50,10 +54,13 @@ class Recipe:
         if self.samples < 1:
             raise ValueError(f"samples: got {self.samples}, wanted at least 1.")
         object.__setattr__(self, "rank", as_rank(self.rank))
+        object.__setattr__(self, "fused", as_parts(self.fused))
 
     def blocks(self, objective: Objective, params: Params, x: Any) -> tuple[Any, tuple[Block, ...]]:
         """The jaxpr of one example, and the blocks of the parameters."""
-        closed, blocks = find_blocks(objective, params, x, rank=self.rank, diagonal=self.diagonal)
+        closed, blocks = find_blocks(
+            objective, params, x, rank=self.rank, diagonal=self.diagonal, fused=self.fused
+        )
         if self.fisher == "forward_only":
             blocks = tuple(input_side(block) for block in blocks)
         return closed, blocks

@@ -11,7 +11,7 @@ import numpy as np
 
 from curvax import _tree
 from curvax.objective import Objective, Params
-from curvax.taps.arrangement import Elementwise, Lookup
+from curvax.taps.arrangement import Elementwise, Fused, Lookup
 from curvax.taps.by_path import ByPath
 from curvax.taps.find import Found, Unknown, Use, find_uses, on_host
 from curvax.taps.layout import View
@@ -88,6 +88,12 @@ class KroneckerBlock:
     @property
     def leaves(self) -> tuple[int, ...]:
         return (self.leaf,) if self.bias is None else (self.leaf, self.bias)
+
+    @property
+    def parts(self) -> int:
+        """Of how many parts the outputs are, each with a matrix of the stack."""
+        arrangements = [use.arrangement for use in self.uses]
+        return max((a.parts for a in arrangements if isinstance(a, Fused)), default=1)
 
     @property
     def numbers(self) -> int:
@@ -187,6 +193,36 @@ def as_rank(rank: Rank) -> BlockRank | ByPath | StateBudget:
     return rank
 
 
+# Parts that the outputs of a weight consist of, by a part of its path.
+Parts = Mapping[str, int] | ByPath | None
+
+
+def as_parts(parts: Parts) -> ByPath:
+    """Parts as a hashable value. **Raises** `ValueError` for a number of parts below 1."""
+    parts = parts if isinstance(parts, ByPath) else ByPath.of("fused", parts or {})
+    for part, count in parts.items:
+        if count < 1:
+            raise ValueError(f"fused: got {count} for {part!r}, wanted a number of parts ≥ 1.")
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wishes:
+    """What was asked for, leaf by leaf."""
+
+    rank: Any
+    diagonal: tuple[str, ...]
+    fused: ByPath
+
+    def ranks(self, path: str) -> tuple[Any, Any]:
+        """Of the input and of the output factor."""
+        rank = self.rank.get(path, SHARE) if isinstance(self.rank, ByPath) else self.rank
+        return rank if isinstance(rank, tuple) else (rank, rank)
+
+    def asks_diagonal(self, path: str) -> bool:
+        return any(part in path for part in self.diagonal)
+
+
 def find_blocks(
     objective: Objective,
     params: Params,
@@ -194,14 +230,17 @@ def find_blocks(
     *,
     rank: Rank = None,
     diagonal: tuple[str, ...] = (),
+    fused: Parts = None,
 ) -> tuple[Any, tuple[Block, ...]]:
     """The jaxpr of one example of a batch of inputs x, and the blocks of its parameters.
 
-    `diagonal` names leaves (by a part of their path) whose block is to be diagonal.
+    `diagonal` names leaves (by a part of their path) whose block is to be diagonal, `fused` those
+    whose outputs consist of so many equal parts, each with a block of its own.
 
-    **Raises** `ValueError` for a rank out of range, or for a path that no leaf has.
+    **Raises** `ValueError` for a rank out of range, for a path that no leaf has, and for outputs
+    that are no such parts.
     """
-    rank = as_rank(rank)
+    wishes = _Wishes(as_rank(rank), diagonal, as_parts(fused))
     first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     leaves, treedef = jax.tree.flatten(params)
     one = jax.tree.map(first, x)
@@ -214,13 +253,14 @@ def find_blocks(
     variables = {var: i for i, var in enumerate(closed.jaxpr.invars[: len(leaves)])}
     found = find_uses(closed.jaxpr, variables)
     paths = _tree.paths(params)
-    make = lambda rank: _blocks(found, paths, leaves, rank, diagonal)
-    if isinstance(rank, StateBudget):
-        return closed, _affordable(make, leaves, rank)
-    blocks = make(rank)
-    if isinstance(rank, ByPath):
+    make = lambda rank: _blocks(found, paths, leaves, dataclasses.replace(wishes, rank=rank))
+    budget = isinstance(wishes.rank, StateBudget)
+    blocks = _affordable(make, leaves, wishes.rank) if budget else make(wishes.rank)
+    if isinstance(wishes.rank, ByPath):
         # A leaf in slices has a block, and a path, for each.
-        rank.check(list(dict.fromkeys((*paths, *(block.path for block in blocks)))))
+        wishes.rank.check(list(dict.fromkeys((*paths, *(block.path for block in blocks)))))
+    weights = [block.path for block in blocks if isinstance(block, KroneckerBlock)]
+    wishes.fused.check(weights, "weight with a Kronecker block")
     return closed, blocks
 
 
@@ -248,7 +288,7 @@ def _affordable(make: Any, leaves: list[Any], budget: StateBudget) -> tuple[Bloc
 
 
 def _blocks(
-    found: Found, paths: list[str], leaves: list[Any], rank: Any, diagonal: tuple[str, ...]
+    found: Found, paths: list[str], leaves: list[Any], wishes: _Wishes
 ) -> tuple[Block, ...]:
     by_leaf: dict[int, list[Use | Unknown]] = {i: [] for i in range(len(paths))}
     for use in found:
@@ -256,15 +296,15 @@ def _blocks(
     blocks: list[Block] = []
     biases: dict[int, list[int]] = {}
     for leaf, uses in by_leaf.items():
-        asked = any(part in paths[leaf] for part in diagonal)
-        made = None if asked else _kronecker(leaf, paths[leaf], leaves[leaf], uses, rank)
+        asked = wishes.asks_diagonal(paths[leaf])
+        made = None if asked else _kronecker(leaf, paths[leaf], leaves[leaf], uses, wishes)
         for block in made or ():
             if block.bias is not None:
                 biases.setdefault(block.bias, []).append(len(blocks))
             blocks.append(block)
     for bias, users in biases.items():
         # A bias of two blocks, or one that is also used by itself, belongs to neither.
-        if len(users) > 1 or by_leaf[bias] or any(part in paths[bias] for part in diagonal):
+        if len(users) > 1 or by_leaf[bias] or wishes.asks_diagonal(paths[bias]):
             for index in users:
                 blocks[index] = _without_bias(blocks[index])
     for use in found:
@@ -274,14 +314,14 @@ def _blocks(
     covered = {leaf for block in blocks for leaf in block.leaves}
     for leaf in range(len(paths)):
         if leaf not in covered:
-            asked = any(part in paths[leaf] for part in diagonal)
+            asked = wishes.asks_diagonal(paths[leaf])
             blocks.append(_diagonal(leaf, paths[leaf], by_leaf[leaf], asked))
     order = sorted(blocks, key=lambda block: block.leaf)
     return tuple(order)
 
 
 def _kronecker(
-    leaf: int, path: str, struct: Any, uses: list[Use | Unknown], rank: Any
+    leaf: int, path: str, struct: Any, uses: list[Use | Unknown], wishes: _Wishes
 ) -> list[KroneckerBlock] | None:
     """The blocks of a leaf that is only used in products, if they fit together."""
     products = [
@@ -292,27 +332,54 @@ def _kronecker(
     views: dict[View, list[Use]] = {}
     for use in products:
         views.setdefault(use.view, []).append(use)
+    parts = wishes.fused.get(path, 1)
     if len(views) == 1 and not products[0].view.partial:
-        return [_block(leaf, path, products, (False,) * len(products), rank)]
-    if all(view.partial for view in views) and _tile(views):
+        uses_of_parts = [_in_parts(use, path, parts) for use in products]
+        return [_block(leaf, path, uses_of_parts, (False,) * len(products), wishes)]
+    sliced = all(view.partial for view in views) and _tile(views)
+    if parts > 1 and not (sliced and len(views) == parts):
+        raise ValueError(
+            f"fused: got {parts} parts for {path}, which the model itself uses as {len(views)} "
+            "different matrices."
+        )
+    if sliced:
         return [
-            _block(leaf, f"{path}[{i}]", group, (False,) * len(group), rank)
+            _block(leaf, f"{path}[{i}]", group, (False,) * len(group), wishes)
             for i, group in enumerate(views.values())
         ]
     swapped = _tied(products, struct)
-    return None if swapped is None else [_block(leaf, path, products, swapped, rank)]
+    return None if swapped is None else [_block(leaf, path, products, swapped, wishes)]
+
+
+def _in_parts(use: Use, path: str, parts: int) -> Use:
+    """A use of a weight whose outputs are several parts: that many matrices, one after another."""
+    whole = use.arrangement
+    if parts == 1:
+        return use
+    if isinstance(whole, Lookup):
+        raise ValueError(f"fused: got {parts} parts for {path}, wanted a weight, not an embedding.")
+    if whole.outputs % parts:
+        raise ValueError(
+            f"fused: got {parts} parts for {path}, whose {whole.outputs} outputs are no {parts} "
+            "equal parts."
+        )
+    fused = Fused.of(whole, parts)
+    shape = (fused.stack, fused.outputs)
+    bias = None if use.bias is None else use.bias.then("reshape", shape, shape)
+    shape = (*shape, fused.inputs)
+    view = use.view.then("reshape", shape, shape)
+    return dataclasses.replace(use, view=view, bias=bias, arrangement=fused)
 
 
 def _block(
-    leaf: int, path: str, uses: list[Use], swapped: tuple[bool, ...], rank: Any
+    leaf: int, path: str, uses: list[Use], swapped: tuple[bool, ...], wishes: _Wishes
 ) -> KroneckerBlock:
     frame = uses[swapped.index(False)]
     bias_views = {use.bias for use in uses}
     bias = bias_views.pop() if len(bias_views) == 1 and not any(swapped) else None
     arrangement = frame.arrangement
     inputs, outputs = arrangement.inputs + (bias is not None), arrangement.outputs
-    chosen = rank.get(path, SHARE) if isinstance(rank, ByPath) else rank
-    ranks = chosen if isinstance(chosen, tuple) else (chosen, chosen)
+    ranks = wishes.ranks(path)
     input, output = Form.of(inputs, outputs, ranks[0]), Form.of(outputs, inputs, ranks[1])
     if any(isinstance(use.arrangement, Lookup) for use in uses):
         input = Form("diagonal", arrangement.inputs)

@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from curvax.taps.arrangement import AbstractArrangement, Elementwise, Lookup, accumulator, product
+from curvax.taps.arrangement import (
+    AbstractArrangement,
+    Elementwise,
+    Fused,
+    Lookup,
+    accumulator,
+    product,
+)
 
 Kind = Literal["none", "full", "sketch", "diagonal"]
 Sharing = Literal["expand", "reduce"]
@@ -115,6 +122,8 @@ class Statistics:
         self, x: Array, weights: Array | None, basis: Array | None, lead: int
     ) -> tuple[Array, Array]:
         arrangement = self.arrangement
+        if isinstance(arrangement, Fused):
+            return self._input_of_parts(arrangement, x, weights, basis, lead)
         if isinstance(arrangement, Lookup):
             indices = arrangement.indices(x, lead)
             one = jnp.ones((), self.dtype) if weights is None else weights[:, None]
@@ -126,6 +135,21 @@ class Statistics:
             assert basis is not None
             return self._sketch(x, weights, basis, lead)
         return _moment(self._input_rows(x, lead), weights, self.input, basis)
+
+    def _input_of_parts(
+        self, fused: Fused, x: Array, weights: Array | None, basis: Array | None, lead: int
+    ) -> tuple[Array, Array]:
+        """For parts that share their inputs: one product, with the bases of all side by side."""
+        whole, parts = dataclasses.replace(self, arrangement=fused.whole), fused.parts
+        if basis is None:
+            moment, trace = whole._input(x, weights, None, lead)
+            return jnp.repeat(moment, parts, axis=0), jnp.repeat(trace, parts)
+        stack, size, columns = basis.shape
+        beside = jnp.moveaxis(basis.reshape(-1, parts, size, columns), 1, 2)
+        beside = beside.reshape(stack // parts, size, parts * columns)
+        sketch, trace = whole._input(x, weights, beside, lead)
+        sketch = jnp.moveaxis(sketch.reshape(-1, size, parts, columns), 2, 1)
+        return sketch.reshape(stack, size, columns), jnp.repeat(trace, parts)
 
     def _sketch(
         self, x: Array, weights: Array | None, basis: Array, lead: int
