@@ -58,6 +58,9 @@ from curvax.plan import Plan as Plan
 from curvax.plan import Requirement as Requirement
 from curvax.preconditioners import AbstractPreconditioner as AbstractPreconditioner
 from curvax.preconditioners import DiagonalPreconditioner as DiagonalPreconditioner
+from curvax.report import FactorReport as FactorReport
+from curvax.report import FactorSummary as FactorSummary
+from curvax.report import factor_report as factor_report
 from curvax.scalings import RMS as RMS
 from curvax.scalings import AbstractScaling as AbstractScaling
 from curvax.scalings import AsIs as AsIs
