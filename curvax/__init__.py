@@ -77,6 +77,7 @@ from curvax.step import make_step as make_step
 from curvax.taps import Site as Site
 from curvax.taps import Sites as Sites
 from curvax.taps import sites as sites
+from curvax.taps.norms import gradient_norms as gradient_norms
 from curvax.transform import Method as Method
 from curvax.transform import Metrics as Metrics
 from curvax.transform import SecondOrderState as SecondOrderState

@@ -187,6 +187,17 @@ def dense(predict, kind, lead, reduction, l2, params, x, y, weight, drawn=None):
     return result
 
 
+def gradient_norms_reference(objective, params: PyTree, batch: tuple) -> Array:
+    """The norm of each example's gradient, of the objective on that example alone."""
+
+    def one(example):
+        alone = jax.tree.map(lambda a: a[None], example)
+        gradient = jax.grad(lambda p: objective.without_l2().value(p, alone))(params)
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient))
+
+    return jnp.sqrt(jax.vmap(one)(batch))
+
+
 # -- Kronecker factors -----------------------------------------------------------------------
 #
 # A weight W (out, in) acts on x and yields s = W x. Its block of the curvature, over W.ravel(),
