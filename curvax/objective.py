@@ -474,15 +474,16 @@ class Objective(eqx.Module):
         return jax.vmap(one, (0, 1, 0))(x, cotangents, self.example_keys(x, key))
 
 
-_bound: ContextVar[Objective | None] = ContextVar("bound", default=None)
+_bound: ContextVar[tuple[Objective, Params] | None] = ContextVar("bound", default=None)
 
 
 @contextlib.contextmanager
-def binding(objective: Objective) -> Iterator[None]:
-    """Lets `init` of a transformation, which sees parameters alone, know what a model has besides:
-    the functions and sizes of the one that its state is made for.
+def binding(objective: Objective, params: Params) -> Iterator[None]:
+    """Lets `init` of a transformation, which sees parameters alone (or, under a mask, a part of
+    them), know what a model has besides: the functions and sizes of the one that its state is made
+    for, and all of its parameters.
     """
-    token = _bound.set(objective)
+    token = _bound.set((objective, params))
     try:
         yield
     finally:
@@ -491,7 +492,14 @@ def binding(objective: Objective) -> Iterator[None]:
 
 def bound_objective() -> Objective | None:
     """The objective of the surrounding `binding`, if there is one."""
-    return _bound.get()
+    bound = _bound.get()
+    return None if bound is None else bound[0]
+
+
+def bound_params() -> Params | None:
+    """The parameters of the surrounding `binding`, if there is one."""
+    bound = _bound.get()
+    return None if bound is None else bound[1]
 
 
 def _without_masked(example: Example) -> Example:

@@ -641,17 +641,6 @@ def test_injected_learning_rate_and_damping():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_masked_says_so(name):
-    p = problem()
-    method = build(name)
-    optimizer = optax.masked(method, {"w1": True, "b1": False, "w2": True})
-    with pytest.raises(ValueError, match=r"optax\.masked"):
-        state = optimizer.init(p.params)
-        observation = method.observe(p.params, p.batch)
-        optimizer.update(p.gradient, state, p.params, observation=observation)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_init_on_shapes(name, all_sides_low_rank):
     p = problem()
     method = build(name)

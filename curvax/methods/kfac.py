@@ -102,9 +102,14 @@ def kfac(
     factors (thin ones for low rank). A refresh adds the backward passes above, one product for
     each factor's moment, and Cholesky factorisations of n³ or k³ operations.
 
-    **Raises** `ValueError` for arguments out of range; in `init` without an example, and where
-    `optax.masked` or `optax.partition` hide leaves; in `update` without `observation` and `batch`,
-    for `fisher="mc"` without a key, and for a batch on which the model has other blocks.
+    **Under `optax.masked` or `optax.partition`** it has blocks for the leaves that it sees, as if
+    the others were constants: a weight whose bias is hidden has none, and a bias whose weight is
+    hidden a diagonal block. The state must then be made by [`make_step`][curvax.make_step].
+
+    **Raises** `ValueError` for arguments out of range; in `init` without an example, for a model
+    that cannot be applied to it, and where leaves are masked outside of `make_step`; in `update`
+    without `observation` and `batch`, for `fisher="mc"` without a key, and for a batch on which the
+    model has other blocks.
     """
     held = rank if state_budget is None else StateBudget.parse(state_budget)
     recipe = Recipe(held, fisher, samples, sharing, diagonal, fused)

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
-from curvax.objective import Batch, Objective, Params
+from curvax.objective import Batch, Objective, Params, is_masked
 from curvax.plan.quantities import AbstractQuantity, Scope
 from curvax.taps.blocks import (
     Block,
@@ -56,10 +56,20 @@ class Recipe:
         object.__setattr__(self, "rank", as_rank(self.rank))
         object.__setattr__(self, "fused", as_parts(self.fused))
 
-    def blocks(self, objective: Objective, params: Params, x: Any) -> tuple[Any, tuple[Block, ...]]:
-        """The jaxpr of one example, and the blocks of the parameters."""
+    def blocks(
+        self, objective: Objective, params: Params, x: Any, absent: frozenset[str] = frozenset()
+    ) -> tuple[Any, tuple[Block, ...]]:
+        """The jaxpr of one example, and the blocks of the parameters, but for those at the paths
+        `absent`.
+        """
         closed, blocks = find_blocks(
-            objective, params, x, rank=self.rank, diagonal=self.diagonal, fused=self.fused
+            objective,
+            params,
+            x,
+            rank=self.rank,
+            diagonal=self.diagonal,
+            fused=self.fused,
+            absent=absent,
         )
         if self.fisher == "forward_only":
             blocks = tuple(input_side(block) for block in blocks)
@@ -134,9 +144,10 @@ class TappedScope:
         self._scope, self._recipe = scope, first.recipe
         scope.objective.check(scope.params, scope.batch, scope.key)
         x = scope.objective.example(scope.batch).x
-        closed, self.all_blocks = first.recipe.blocks(scope.objective, scope.params, x)
-        self.blocks = tuple(b for q in quantities for b in q.mine(self.all_blocks))
         bases = {} if scope.bases is None else scope.bases(first.rotated)
+        absent = frozenset(path for path, each in bases.items() if is_masked(each))
+        closed, self.all_blocks = first.recipe.blocks(scope.objective, scope.params, x, absent)
+        self.blocks = tuple(b for q in quantities for b in q.mine(self.all_blocks))
         _check_bases(self.blocks, bases)
         self.run = tapped_pass(
             scope.objective,

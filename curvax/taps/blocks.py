@@ -213,6 +213,7 @@ class _Wishes:
     rank: Any
     diagonal: tuple[str, ...]
     fused: ByPath
+    absent: frozenset[str]
 
     def ranks(self, path: str) -> tuple[Any, Any]:
         """Of the input and of the output factor."""
@@ -221,6 +222,10 @@ class _Wishes:
 
     def asks_diagonal(self, path: str) -> bool:
         return any(part in path for part in self.diagonal)
+
+    def frees(self, bias: str) -> bool:
+        """Whether a bias is to be no part of a weight's block."""
+        return bias in self.absent or self.asks_diagonal(bias)
 
 
 def find_blocks(
@@ -231,16 +236,18 @@ def find_blocks(
     rank: Rank = None,
     diagonal: tuple[str, ...] = (),
     fused: Parts = None,
+    absent: frozenset[str] = frozenset(),
 ) -> tuple[Any, tuple[Block, ...]]:
     """The jaxpr of one example of a batch of inputs x, and the blocks of its parameters.
 
     `diagonal` names leaves (by a part of their path) whose block is to be diagonal, `fused` those
-    whose outputs consist of so many equal parts, each with a block of its own.
+    whose outputs consist of so many equal parts, each with a block of its own, and `absent` has the
+    whole paths of leaves without a block, which are taken as constants.
 
-    **Raises** `ValueError` for a rank out of range, for a path that no leaf has, and for outputs
-    that are no such parts.
+    **Raises** `ValueError` for a rank out of range, for a path that no leaf has, for outputs that
+    are no such parts, and for a model that cannot be applied to an example.
     """
-    wishes = _Wishes(as_rank(rank), diagonal, as_parts(fused))
+    wishes = _Wishes(as_rank(rank), diagonal, as_parts(fused), absent)
     first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     leaves, treedef = jax.tree.flatten(params)
     one = jax.tree.map(first, x)
@@ -255,18 +262,19 @@ def find_blocks(
     paths = _tree.paths(params)
     make = lambda rank: _blocks(found, paths, leaves, dataclasses.replace(wishes, rank=rank))
     budget = isinstance(wishes.rank, StateBudget)
-    blocks = _affordable(make, leaves, wishes.rank) if budget else make(wishes.rank)
+    kept = {i: leaf for i, leaf in enumerate(leaves) if paths[i] not in absent}
+    blocks = _affordable(make, kept, wishes.rank) if budget else make(wishes.rank)
     if isinstance(wishes.rank, ByPath):
         # A leaf in slices has a block, and a path, for each.
         wishes.rank.check(list(dict.fromkeys((*paths, *(block.path for block in blocks)))))
     weights = [block.path for block in blocks if isinstance(block, KroneckerBlock)]
-    wishes.fused.check(weights, "weight with a Kronecker block")
+    wishes.fused.check([*weights, *absent], "weight with a Kronecker block")
     return closed, blocks
 
 
-def _affordable(make: Any, leaves: list[Any], budget: StateBudget) -> tuple[Block, ...]:
+def _affordable(make: Any, leaves: dict[int, Any], budget: StateBudget) -> tuple[Block, ...]:
     """The blocks of the largest share of a rank, in steps of 1/64, that the budget allows."""
-    size = sum(leaf.size for leaf in leaves)
+    size = sum(leaf.size for leaf in leaves.values())
     allowed = (2 * budget.of_adam - 1) * size
 
     def needed(blocks: tuple[Block, ...]) -> int:
@@ -296,6 +304,8 @@ def _blocks(
     blocks: list[Block] = []
     biases: dict[int, list[int]] = {}
     for leaf, uses in by_leaf.items():
+        if paths[leaf] in wishes.absent:
+            continue
         asked = wishes.asks_diagonal(paths[leaf])
         made = None if asked else _kronecker(leaf, paths[leaf], leaves[leaf], uses, wishes)
         for block in made or ():
@@ -304,7 +314,7 @@ def _blocks(
             blocks.append(block)
     for bias, users in biases.items():
         # A bias of two blocks, or one that is also used by itself, belongs to neither.
-        if len(users) > 1 or by_leaf[bias] or wishes.asks_diagonal(paths[bias]):
+        if len(users) > 1 or by_leaf[bias] or wishes.frees(paths[bias]):
             for index in users:
                 blocks[index] = _without_bias(blocks[index])
     for use in found:
@@ -313,7 +323,7 @@ def _blocks(
             by_leaf[use.shift.view.leaf].append(use.shift)
     covered = {leaf for block in blocks for leaf in block.leaves}
     for leaf in range(len(paths)):
-        if leaf not in covered:
+        if leaf not in covered and paths[leaf] not in wishes.absent:
             asked = wishes.asks_diagonal(paths[leaf])
             blocks.append(_diagonal(leaf, paths[leaf], by_leaf[leaf], asked))
     order = sorted(blocks, key=lambda block: block.leaf)
