@@ -256,7 +256,10 @@ def find_blocks(
         return objective.predict_one(jax.tree.unflatten(treedef, leaves), x, key)
 
     key = jax.eval_shape(lambda: jax.random.key(0)) if objective.stochastic else None
-    closed = jax.make_jaxpr(predict)(leaves, one, key)
+    try:
+        closed = jax.make_jaxpr(predict)(leaves, one, key)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise objective.inapplicable(params, one, error) from error
     variables = {var: i for i, var in enumerate(closed.jaxpr.invars[: len(leaves)])}
     found = find_uses(closed.jaxpr, variables)
     paths = _tree.paths(params)
