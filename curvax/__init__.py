@@ -58,6 +58,9 @@ from curvax.plan import Plan as Plan
 from curvax.plan import Requirement as Requirement
 from curvax.preconditioners import AbstractPreconditioner as AbstractPreconditioner
 from curvax.preconditioners import DiagonalPreconditioner as DiagonalPreconditioner
+from curvax.report import FactorReport as FactorReport
+from curvax.report import FactorSummary as FactorSummary
+from curvax.report import factor_report as factor_report
 from curvax.scalings import RMS as RMS
 from curvax.scalings import AbstractScaling as AbstractScaling
 from curvax.scalings import AsIs as AsIs
@@ -74,6 +77,7 @@ from curvax.step import make_step as make_step
 from curvax.taps import Site as Site
 from curvax.taps import Sites as Sites
 from curvax.taps import sites as sites
+from curvax.taps.norms import gradient_norms as gradient_norms
 from curvax.transform import Method as Method
 from curvax.transform import Metrics as Metrics
 from curvax.transform import SecondOrderState as SecondOrderState

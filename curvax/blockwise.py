@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Scalar, ScalarLike
 
 from curvax import _tree
 from curvax.damping import AbstractDamping, as_damping
-from curvax.objective import Batch, Objective, Params, bound_objective, is_masked_tree
+from curvax.masking import first_blocks, hidden, later_blocks, visible
+from curvax.objective import Batch, Objective, Params, bound_objective, keep_unmasked
 from curvax.operators.factors import AbstractFactor, DiagonalFactor
 from curvax.operators.kronecker import (
     AbstractBlockMatrix,
@@ -35,7 +36,7 @@ from curvax.plan import (
 )
 from curvax.plan.moments import BlockMoments, Recipe
 from curvax.refresh import FactorMemory, first_factor, invert, refresh, weight_of_past
-from curvax.scalings import AbstractScaling, AsIs, Context
+from curvax.scalings import AbstractScaling, AsIs, Context, seen_by
 from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock
 from curvax.transform import Method, SecondOrderState, first_state, measured, observe_in_update
 
@@ -513,12 +514,14 @@ def precondition(
         return preconditioner.recipe.blocks(bound, params, bound.inputs)[1]
 
     def init(params: Params) -> SecondOrderState:
-        _check_unmasked("init", params)
-        blocks = blocks_of(params, bound_objective() or objective)
-        return first_state(damping, scaling.init(params), preconditioner.init(blocks, params))
+        bound = bound_objective() or objective
+        blocks, marks = first_blocks(preconditioner.recipe, bound, params)
+        memory = preconditioner.init(blocks, params)
+        return first_state(damping, scaling.init(params), {**memory, **marks})
 
     def bases(state: SecondOrderState) -> Callable[[bool], Any]:
-        return lambda rotated: preconditioner.bases(state.preconditioner, rotated)
+        held, marks = visible(state.preconditioner), hidden(state.preconditioner)
+        return lambda rotated: {**preconditioner.bases(held, rotated), **marks}
 
     def update(
         updates: Params,
@@ -544,25 +547,24 @@ def precondition(
                 curvature_batch,
                 bases(state),
             )
-        _check_unmasked("update", updates)
         level = damping.at(state.level, state.count)
-        x = observation.objective.example(observation.batch).x
-        blocks = preconditioner.recipe.blocks(observation.objective, observation.params, x)[1]
-        _check_blocks(blocks, state.preconditioner)
-        memory = preconditioner.update(
-            state.preconditioner, blocks, observation, level.damping, state.count
-        )
+        held, marks = visible(state.preconditioner), hidden(state.preconditioner)
+        blocks = later_blocks(preconditioner.recipe, observation, updates, frozenset(marks))
+        _check_blocks(blocks, held)
+        memory = preconditioner.update(held, blocks, observation, level.damping, state.count)
         inverses = tuple(preconditioner.inverse(memory, b, level.damping) for b in blocks)
         direction = apply_blocks(blocks, inverses, updates)
-        context = Context(updates, observation.params, observation, level.damping, blocks)
+        seen = keep_unmasked(updates, observation.params) if marks else observation.params
+        context = Context(updates, seen, observation, level.damping, blocks)
         direction, scaled = scaling.apply(state.solution, direction, context)
         length, gradient_norm = _tree.norm(direction), _tree.norm(updates)
         finite = (
             jnp.isfinite(observation.value) & jnp.isfinite(gradient_norm) & jnp.isfinite(length)
         )
         metrics = measured(observation, level, gradient_norm, length, finite)
+        memory = {**memory, **marks}
         new = state._replace(level=level, solution=scaled, preconditioner=memory, metrics=metrics)
-        operator = lambda: observation[curvature]
+        operator = lambda: seen_by(observation[curvature], updates)
         new, take = method.conclude(observation, operator, updates, direction, new, state)
         taken = direction
         if not observation.judged_later:  # a fused step leaves out the whole update
@@ -580,11 +582,6 @@ def precondition(
 def never() -> Int[Array, ""]:
     """The step of a refresh that has not been."""
     return jnp.full((), -1, jnp.int32)
-
-
-def _check_unmasked(where: str, tree: Any) -> None:
-    if is_masked_tree(tree):
-        raise ValueError(f"{where}: K-FAC blocks under optax.masked are not supported yet.")
 
 
 def _check_blocks(blocks: tuple[Block, ...], memory: Memory) -> None:

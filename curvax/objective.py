@@ -345,23 +345,11 @@ class Objective(eqx.Module):
         example = self.example(batch)
         try:
             outputs = jax.eval_shape(self.outputs, params, example.x, key)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             if "key:" in str(error):
                 raise
             one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), example.x)
-            holes = len(jax.tree.leaves(params, is_leaf=lambda a: a is None)) - len(
-                jax.tree.leaves(params)
-            )
-            hint = (
-                " The parameters have None where the model has leaves that are not trained: pass "
-                "Objective(..., static=eqx.partition(model, eqx.is_inexact_array)[1])."
-                if holes and not jax.tree.leaves(self.static)
-                else ""
-            )
-            raise ValueError(
-                "x: the model could not be applied to one example with leaves "
-                f"{_describe_leaves(one)}.{hint} It said: {error}"
-            ) from error
+            raise self.inapplicable(params, one, error) from error
         if not isinstance(outputs, jax.ShapeDtypeStruct):
             raise ValueError(
                 f"outputs: got a {type(outputs).__name__} from predict, wanted one array."
@@ -375,6 +363,27 @@ class Objective(eqx.Module):
                     f"example) or {values.shape} (one an event)."
                 )
         return outputs
+
+    def inapplicable(self, params: Params, x: PyTree[Any], error: Exception) -> ValueError:
+        """What to say where the model cannot be applied to one example x."""
+        leaves, hint = jax.tree.leaves(params), ""
+        holes = len(jax.tree.leaves(params, is_leaf=lambda a: a is None)) > len(leaves)
+        if any(not is_array(leaf) and not hasattr(leaf, "dtype") for leaf in leaves):
+            hint = (
+                " The parameters have leaves that are no arrays: give the trained part alone, "
+                "eqx.filter(model, eqx.is_inexact_array), and the rest as Objective(..., static=…)"
+                ", or the whole model to curvax.make_step(optimizer, method).init(model)."
+            )
+        elif holes and not jax.tree.leaves(self.static):
+            hint = (
+                " The parameters have None where the model has leaves that are not trained: pass "
+                "Objective(..., static=eqx.partition(model, eqx.is_inexact_array)[1]), or give the "
+                "whole model to curvax.make_step(optimizer, method).init(model)."
+            )
+        return ValueError(
+            "x: the model could not be applied to one example with leaves "
+            f"{_describe_leaves(x)}.{hint} It said: {error}"
+        )
 
     def coefficients(self, example: Example, values: PyTree) -> Float[Array, "..."]:
         """The coefficient c_e of each event, from the shape of the loss's values."""
@@ -477,15 +486,16 @@ class Objective(eqx.Module):
         return jax.vmap(one, (0, 1, 0))(x, cotangents, self.example_keys(x, key))
 
 
-_bound: ContextVar[Objective | None] = ContextVar("bound", default=None)
+_bound: ContextVar[tuple[Objective, Params] | None] = ContextVar("bound", default=None)
 
 
 @contextlib.contextmanager
-def binding(objective: Objective) -> Iterator[None]:
-    """Lets `init` of a transformation, which sees parameters alone, know what a model has besides:
-    the functions and sizes of the one that its state is made for.
+def binding(objective: Objective, params: Params) -> Iterator[None]:
+    """Lets `init` of a transformation, which sees parameters alone (or, under a mask, a part of
+    them), know what a model has besides: the functions and sizes of the one that its state is made
+    for, and all of its parameters.
     """
-    token = _bound.set(objective)
+    token = _bound.set((objective, params))
     try:
         yield
     finally:
@@ -494,7 +504,14 @@ def binding(objective: Objective) -> Iterator[None]:
 
 def bound_objective() -> Objective | None:
     """The objective of the surrounding `binding`, if there is one."""
-    return _bound.get()
+    bound = _bound.get()
+    return None if bound is None else bound[0]
+
+
+def bound_params() -> Params | None:
+    """The parameters of the surrounding `binding`, if there is one."""
+    bound = _bound.get()
+    return None if bound is None else bound[1]
 
 
 def _without_masked(example: Example) -> Example:

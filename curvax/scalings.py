@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, Scalar, ScalarLike
 
 from curvax import _tree
-from curvax.objective import Params
+from curvax.objective import Params, is_masked_tree
 from curvax.operators.kronecker import arrange, disarrange
 from curvax.plan.plan import Observation, Requirement
 from curvax.plan.quantities import AbstractCurvatureQuantity, GaussNewtonCurvature
@@ -219,7 +219,7 @@ class QuadraticModel(AbstractScaling):
     def apply(
         self, state: QuadraticState, direction: Params, context: Context
     ) -> tuple[Params, QuadraticState]:
-        operator = context.observation[self.curvature]
+        operator = seen_by(context.observation[self.curvature], direction)
         basis = [direction, state.last]
         images = [operator.mv(v) for v in basis]
         dtype = _tree.accumulation_dtype(_tree.common_dtype(direction))
@@ -237,6 +237,11 @@ class QuadraticModel(AbstractScaling):
         delta = _tree.add_scaled(_tree.scale(step[0], direction), step[1], state.last)
         new = QuadraticState(delta, step.astype(jnp.float32), state.count + 1)
         return _tree.scale(-1.0, delta), new
+
+
+def seen_by(operator: Any, template: Params) -> Any:
+    """A curvature operator in only those parameters that `template` does not mask."""
+    return operator.restrict(template) if is_masked_tree(template) else operator
 
 
 def newton_schulz(matrices: Array, steps: int) -> Array:

@@ -65,7 +65,7 @@ class Step:
         """The state before the first step. **Raises** `ValueError` if nothing can be trained."""
         params, objective = self.method.objective.bind(model)
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        with binding(objective):
+        with binding(objective, params):
             return StepState(count, self.optimizer.init(params), skipped)
 
     def __call__(

@@ -316,7 +316,7 @@ def observe_in_update(
         raise ValueError(
             "update: under optax.masked or optax.partition the method sees only some of the "
             "parameters, and cannot evaluate `batch`. Pass observation=method.observe(model, "
-            "batch, key) instead."
+            "batch, key) instead, for K-FAC with its own state, state=…."
         )
     bound, objective = objective.bind(params)
     return plan.observe(

@@ -190,6 +190,17 @@ def dense(predict, kind, lead, reduction, l2, params, x, y, weight, drawn=None):
     return result
 
 
+def gradient_norms_reference(objective, params: PyTree, batch: tuple) -> Array:
+    """The norm of each example's gradient, of the objective on that example alone."""
+
+    def one(example):
+        alone = jax.tree.map(lambda a: a[None], example)
+        gradient = jax.grad(lambda p: objective.without_l2().value(p, alone))(params)
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient))
+
+    return jnp.sqrt(jax.vmap(one)(batch))
+
+
 # -- Kronecker factors -----------------------------------------------------------------------
 #
 # A weight W (out, in) acts on x and yields s = W x. Its block of the curvature, over W.ravel(),
@@ -298,6 +309,13 @@ def kfac_reduce_reference(x, g, bias: bool = False) -> tuple[np.ndarray, np.ndar
     """
     x, g = _with_one(x) if bias else np.asarray(x), np.asarray(g)
     return _sum_of_outer(x.mean(axis=1)) / len(x), _sum_of_outer(g.sum(axis=-2))
+
+
+def fused_reference(x, g, parts: int, factors=kfac_expand_reference) -> list[tuple]:
+    """(A, G) of each of the layers with a bias whose outputs stand one after another in those of
+    one weight, by `factors`.
+    """
+    return [factors(x, part, bias=True) for part in np.split(np.asarray(g), parts, axis=-1)]
 
 
 def shared_block_reference(x, g, bias: bool = False) -> np.ndarray:

@@ -19,7 +19,8 @@ PAGES = sorted(
 @pytest.fixture(autouse=True)
 def _as_a_reader_runs_it():
     """With the defaults of JAX, not those of this test suite."""
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    ranks, dtypes = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
+    with jax.enable_x64(False), ranks, dtypes:
         yield
 
 

@@ -107,6 +107,28 @@ def test_static_leaves_of_a_model_need_not_be_declared():
     stepper(cx.methods.kfac(objective)).init(model)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_part_alone_says_what_is_missing(name):
+    """`init` on the trained part of a model, without its functions or without an example."""
+    model, batch, objective = zoo_problem("mlp", static=False)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    method = make(name, objective)
+    with pytest.raises(ValueError, match=r"have None where .* static=.*make_step\(optimizer"):
+        method.init(params)
+    unseen = cx.Objective(objective.predict, objective.loss, static=static)
+    with pytest.raises(ValueError, match=r"pass Objective\(\.\.\., example=batch\)"):
+        make(name, unseen).init(params)
+    known = cx.Objective(objective.predict, objective.loss, static=static, example=batch)
+    make(name, known).init(params)
+    with pytest.raises(ValueError, match=r"have leaves that are no arrays: .*make_step\(optimizer"):
+        method.init(model)
+    # Where nothing is missing, what the model itself said is passed on.
+    broken = lambda model, x: model.nothing(x)
+    wrong = cx.Objective(broken, objective.loss, static=static, example=batch)
+    with pytest.raises(ValueError, match=r"x: the model could not be .* It said: .*nothing"):
+        make(name, wrong).init(params)
+
+
 # What is found in the others, and that their gradients and factors are right, test_taps says.
 TRAINED = (
     "mlp",
@@ -646,17 +668,6 @@ def test_injected_learning_rate_and_damping():
     run = jax.jit(lambda s: injected.update(p.gradient, s, p.params, batch=p.batch))
     _, after = run(state)
     assert float(tree_get(after.inner_state, "damping_used")) == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_masked_says_so(name):
-    p = problem()
-    method = build(name)
-    optimizer = optax.masked(method, {"w1": True, "b1": False, "w2": True})
-    with pytest.raises(ValueError, match=r"optax\.masked"):
-        state = optimizer.init(p.params)
-        observation = method.observe(p.params, p.batch)
-        optimizer.update(p.gradient, state, p.params, observation=observation)
 
 
 @pytest.mark.parametrize("name", NAMES)

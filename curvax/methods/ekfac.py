@@ -1,5 +1,7 @@
 """K-FAC with the eigenvalues corrected: EK-FAC."""
 
+from collections.abc import Mapping
+
 from jaxtyping import ScalarLike
 
 from curvax.blockwise import (
@@ -29,6 +31,7 @@ def ekfac(
     scaling: AbstractScaling = RMS(),
     decay: float = 0.9,
     diagonal: tuple[str, ...] = (),
+    fused: Mapping[str, int] | None = None,
     rows: int | None = 4,
 ) -> Method:
     """U_G [(U_Gᵀ ∇W U_A) / (S + γ)] U_Aᵀ for each weight W, in the eigenbases of K-FAC's factors.
@@ -64,6 +67,6 @@ def ekfac(
     """
     if fisher == "forward_only":
         raise ValueError("fisher: got 'forward_only', wanted a flavour that sees gradients.")
-    recipe = Recipe(None, fisher, samples, sharing, diagonal, rows)
+    recipe = Recipe(None, fisher, samples, sharing, diagonal, fused, rows)
     factors = EigenPreconditioner(recipe, refresh_every, 1, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

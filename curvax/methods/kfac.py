@@ -1,5 +1,7 @@
 """Kronecker-factored curvature: K-FAC."""
 
+from collections.abc import Mapping
+
 from jaxtyping import ScalarLike
 
 from curvax.blockwise import (
@@ -12,7 +14,7 @@ from curvax.damping import AbstractDamping
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
 from curvax.scalings import RMS, AbstractScaling
-from curvax.taps.blocks import StateBudget
+from curvax.taps.blocks import Ranks, StateBudget
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Sharing
 from curvax.transform import Method
@@ -21,7 +23,7 @@ from curvax.transform import Method
 def kfac(
     objective: Objective,
     *,
-    rank: float | int | None = 0.15,
+    rank: Ranks = 0.15,
     state_budget: str | None = None,
     refresh_every: int = 10,
     fisher: FisherKind = "mc",
@@ -33,6 +35,7 @@ def kfac(
     decay: float = 0.9,
     stagger: int = 1,
     diagonal: tuple[str, ...] = (),
+    fused: Mapping[str, int] | None = None,
     rows: int | None = 4,
 ) -> Method:
     """(G + γ_G I)⁻¹ ∇W (A + γ_A I)⁻¹ for each weight W, with A and G kept as moving averages.
@@ -53,7 +56,9 @@ def kfac(
       n × n matrix is formed. Sides of at most 32 are full whatever the rank, and those above 8192
       diagonal. A share is rounded down to a multiple of 16, and gives a side at most half as many
       columns as the weight's other side has entries (32 at the least), so that a basis costs no
-      more than half of its weight.
+      more than half of its weight. A pair is for the inputs and for the outputs. A mapping gives
+      some weights a rank of their own, by a part of their path: `{"embed": 64, "head": None, "":
+      0.1}`. The longest part that a path has decides; `""` is for the rest, 0.15 if it is left out.
     - `state_budget`: instead of a rank, what the state may cost, a momentum included, such as
       `"0.75x adam"`: the largest share that fits is taken.
     - `refresh_every`: steps from one refresh to the next. Curvature changes slowly, and a refresh
@@ -86,6 +91,9 @@ def kfac(
       refreshed in the same step. More make that step less slow, and are more executables to
       compile. Blocks are dealt out by cost; in step 0 all are refreshed.
     - `diagonal`: parts of the paths of leaves that are to have a diagonal block.
+    - `fused`: for weights that are several in one, by a part of their path, of how many equal parts
+      their outputs consist: `{"qkv": 3}`, or three times the heads. Each part has a block of its
+      own, with its own G and the A of all. The bias goes along.
     - `rows`: where positions share a weight, an n × n factor is measured from about rows·n of them
       (2048 at the least), evenly spaced in the batch; None takes all. Moving averages over ten
       refreshes see ten times as many.
@@ -100,11 +108,16 @@ def kfac(
     factors (thin ones for low rank). A refresh adds the backward passes above, one product for
     each factor's moment, and Cholesky factorisations of n³ or k³ operations.
 
-    **Raises** `ValueError` for arguments out of range; in `init` without an example, and where
-    `optax.masked` or `optax.partition` hide leaves; in `update` without `observation` and `batch`,
-    for `fisher="mc"` without a key, and for a batch on which the model has other blocks.
+    **Under `optax.masked` or `optax.partition`** it has blocks for the leaves that it sees, as if
+    the others were constants: a weight whose bias is hidden has none, and a bias whose weight is
+    hidden a diagonal block. The state must then be made by [`make_step`][curvax.make_step].
+
+    **Raises** `ValueError` for arguments out of range; in `init` without an example, for a model
+    that cannot be applied to it, and where leaves are masked outside of `make_step`; in `update`
+    without `observation` and `batch`, for `fisher="mc"` without a key, and for a batch on which the
+    model has other blocks.
     """
     held = rank if state_budget is None else StateBudget.parse(state_budget)
-    recipe = Recipe(held, fisher, samples, sharing, diagonal, rows)
+    recipe = Recipe(held, fisher, samples, sharing, diagonal, fused, rows)
     factors = KroneckerPreconditioner(recipe, refresh_every, stagger, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

@@ -1,5 +1,7 @@
 """Muon on a gradient that is preconditioned on its input side."""
 
+from collections.abc import Mapping
+
 from jaxtyping import ScalarLike
 
 from curvax.blockwise import (
@@ -12,14 +14,14 @@ from curvax.damping import AbstractDamping
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
 from curvax.scalings import AbstractScaling, Orthogonalised
-from curvax.taps.blocks import StateBudget
+from curvax.taps.blocks import Ranks, StateBudget
 from curvax.transform import Method
 
 
 def newton_muon(
     objective: Objective,
     *,
-    rank: float | int | None = 0.15,
+    rank: Ranks = 0.15,
     state_budget: str | None = None,
     refresh_every: int = 10,
     damping: AbstractDamping | ScalarLike = 1e-2,
@@ -28,6 +30,7 @@ def newton_muon(
     decay: float = 0.9,
     stagger: int = 1,
     diagonal: tuple[str, ...] = (),
+    fused: Mapping[str, int] | None = None,
     rows: int | None = 4,
 ) -> Method:
     """The orthogonal factor of ∇W (A + γI)⁻¹ for each weight W: Muon in the metric of the inputs.
@@ -41,8 +44,8 @@ def newton_muon(
     **Arguments:**
 
     - `objective`: what is minimised, made with `example=` a batch or its shapes.
-    - `rank`, `state_budget`, `refresh_every`, `decay`, `stagger`, `diagonal`, `rows`: as of
-      [`kfac`][curvax.methods.kfac.kfac], for A.
+    - `rank`, `state_budget`, `refresh_every`, `decay`, `stagger`, `diagonal`, `fused`, `rows`: as
+      of [`kfac`][curvax.methods.kfac.kfac], for A. Parts are orthogonalised apart.
     - `damping`, `split`: what is added to A: under [`RelativeTikhonov`][curvax.RelativeTikhonov] √λ
       times its mean eigenvalue, which has no unit.
     - `scaling`: the orthogonalisation, with Muon's momentum before it. Another scaling makes
@@ -62,6 +65,6 @@ def newton_muon(
     **Raises** `ValueError` where [`kfac`][curvax.methods.kfac.kfac] does; no key is needed.
     """
     held = rank if state_budget is None else StateBudget.parse(state_budget)
-    recipe = Recipe(held, "forward_only", 1, "expand", diagonal, rows)
+    recipe = Recipe(held, "forward_only", 1, "expand", diagonal, fused, rows)
     factors = KroneckerPreconditioner(recipe, refresh_every, stagger, decay, split)
     return precondition(objective, factors, damping=damping, scaling=scaling)

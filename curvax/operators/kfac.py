@@ -1,6 +1,7 @@
 """K-FAC approximations of an objective's curvature as operators on their own."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import equinox as eqx
@@ -22,7 +23,7 @@ from curvax.operators.kronecker import (
 )
 from curvax.plan.moments import BlockMoments, Recipe, moments_of
 from curvax.refresh import FactorMemory, first_factor, refresh
-from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock
+from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock, Ranks
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Moment, Sharing
 
@@ -119,6 +120,8 @@ class KroneckerFactored(AbstractBlockOperator):
     - `samples`: of `"mc"`.
     - `sharing`: `"expand"` or `"reduce"` over positions that share a weight.
     - `diagonal`: parts of the paths of leaves that are to have a diagonal block.
+    - `fused`: for weights that are several in one, by a part of their path, of how many equal parts
+      their outputs consist; each has a block of its own.
 
     It holds the factors, n² + m² numbers for an m × n weight. No layer is tagged or wrapped:
     [`sites`][curvax.sites] shows what was found. **Raises** `ValueError` as the objective does for
@@ -140,8 +143,9 @@ class KroneckerFactored(AbstractBlockOperator):
         samples: int = 1,
         sharing: Sharing = "expand",
         diagonal: tuple[str, ...] = (),
+        fused: Mapping[str, int] | None = None,
     ):
-        recipe = _recipe(key, None, fisher, samples, sharing, diagonal)
+        recipe = _recipe(key, None, fisher, samples, sharing, diagonal, fused)
         params, objective = objective.bind(model)
         self.blocks, moments = moments_of(objective, params, batch, key, BlockMoments(recipe))
         self.matrices = tuple(_matrix(block, moments[block.path], fisher) for block in self.blocks)
@@ -174,6 +178,7 @@ class EigenvalueCorrected(AbstractBlockOperator):
         samples: int = 1,
         sharing: Sharing = "expand",
         diagonal: tuple[str, ...] = (),
+        fused: Mapping[str, int] | None = None,
     ):
         if fisher == "forward_only":
             raise ValueError("fisher: got 'forward_only', wanted a flavour that sees gradients.")
@@ -186,8 +191,9 @@ class EigenvalueCorrected(AbstractBlockOperator):
             samples=samples,
             sharing=sharing,
             diagonal=diagonal,
+            fused=fused,
         )
-        recipe = _recipe(key, None, fisher, samples, sharing, diagonal)
+        recipe = _recipe(key, None, fisher, samples, sharing, diagonal, fused)
         params, objective = objective.bind(model)
         spectral = {
             block.path: matrix.spectral()
@@ -218,8 +224,8 @@ class LowRankKronecker(AbstractBlockOperator):
 
     **Arguments** as of [`KroneckerFactored`][curvax.KroneckerFactored], and
 
-    - `rank`: a share of a factor's size, or a number of columns; small sides are full all the same
-      (see [`kfac`][curvax.methods.kfac.kfac]).
+    - `rank`: a share of a factor's size, a number of columns, or a mapping to these from parts of
+      paths; small sides are full all the same (see [`kfac`][curvax.methods.kfac.kfac]).
     - `passes`: over the batch, each a step of subspace iteration from a random basis (Halko et al.
       2011), by a Nyström approximation (Tropp et al. 2017).
 
@@ -238,16 +244,17 @@ class LowRankKronecker(AbstractBlockOperator):
         batch: Batch,
         key: PRNGKeyArray | None = None,
         *,
-        rank: float | int = 0.15,
+        rank: Ranks = 0.15,
         passes: int = 3,
         fisher: FisherKind = "exact",
         samples: int = 1,
         sharing: Sharing = "expand",
         diagonal: tuple[str, ...] = (),
+        fused: Mapping[str, int] | None = None,
     ):
         if passes < 1:
             raise ValueError(f"passes: got {passes}, wanted at least 1.")
-        recipe = _recipe(key, rank, fisher, samples, sharing, diagonal)
+        recipe = _recipe(key, rank, fisher, samples, sharing, diagonal, fused)
         params, objective = objective.bind(model)
         objective.check(params, batch, key)
         self.blocks = recipe.blocks(objective, params, objective.example(batch).x)[1]
@@ -282,7 +289,7 @@ class LowRankKronecker(AbstractBlockOperator):
         self.structure = _tree.freeze(_tree.structure(params))
 
 
-def _recipe(key: PRNGKeyArray | None, rank: float | int | None, fisher: Any, *rest: Any) -> Recipe:
+def _recipe(key: PRNGKeyArray | None, rank: Ranks, fisher: Any, *rest: Any) -> Recipe:
     recipe = Recipe(rank, fisher, *rest)
     if fisher == "mc" and key is None:
         raise ValueError("key: got None, but fisher='mc' draws targets: pass a key.")

@@ -30,7 +30,7 @@ def describe(
     params, objective = method.objective.bind(model)
     objective.check(params, batch, key)
     key = jax.random.key(0) if key is None else key
-    with binding(objective):
+    with binding(objective, params):
         state = jax.eval_shape(method.init, params)
     gradient = _cost(lambda p, k: jax.value_and_grad(objective.value)(p, batch, k), params, key)
     rows: list[tuple[str, ...]] = [

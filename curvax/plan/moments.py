@@ -6,9 +6,18 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
-from curvax.objective import Batch, Objective, Params
+from curvax.objective import Batch, Objective, Params, is_masked
 from curvax.plan.quantities import AbstractQuantity, Scope
-from curvax.taps.blocks import Block, KroneckerBlock, Rank, find_blocks, input_side
+from curvax.taps.blocks import (
+    Block,
+    KroneckerBlock,
+    Parts,
+    Rank,
+    as_parts,
+    as_rank,
+    find_blocks,
+    input_side,
+)
 from curvax.taps.moments import FisherKind, Moments, collect_moments, tapped_pass
 from curvax.taps.statistics import Sharing
 
@@ -18,13 +27,15 @@ class Recipe:
     """What Kronecker factors are made of.
 
     - `rank`: of a factor's basis: a share of its size, a number of columns, None for full
-      matrices, or a `StateBudget`.
+      matrices, a pair of these for inputs and outputs, a mapping to these from parts of paths, or
+      a `StateBudget`.
     - `fisher`: `"mc"` (targets drawn from the model, `samples` for each event), `"exact"` (a
       backward pass for each output), `"empirical"` (the targets of the batch, in the gradient's
       own backward pass), or `"forward_only"` (the input factors alone; G = I).
     - `sharing`: `"expand"` or `"reduce"` over the positions that share a weight (Eschenhagen et
       al. 2023).
     - `diagonal`: parts of the paths of leaves whose blocks are to be diagonal.
+    - `fused`: for weights that are several in one, by a part of their path, how many.
     - `rows`: an n × n factor is measured from about rows·n positions (2048 at the least) of a batch
       that has more; None takes all.
     """
@@ -34,6 +45,7 @@ class Recipe:
     samples: int = 1
     sharing: Sharing = "expand"
     diagonal: tuple[str, ...] = ()
+    fused: Parts = None
     rows: int | None = None
 
     def __post_init__(self):
@@ -46,16 +58,24 @@ class Recipe:
             raise ValueError(f"samples: got {self.samples}, wanted at least 1.")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"rows: got {self.rows}, wanted None or at least 1.")
-        share = isinstance(self.rank, float) and not 0 < self.rank <= 1
-        if share or (isinstance(self.rank, int) and self.rank < 1):
-            raise ValueError(
-                f"rank: got {self.rank}, wanted a share in (0, 1], a number of columns ≥ 1, or "
-                "None for full factors."
-            )
+        object.__setattr__(self, "rank", as_rank(self.rank))
+        object.__setattr__(self, "fused", as_parts(self.fused))
 
-    def blocks(self, objective: Objective, params: Params, x: Any) -> tuple[Any, tuple[Block, ...]]:
-        """The jaxpr of one example, and the blocks of the parameters."""
-        closed, blocks = find_blocks(objective, params, x, rank=self.rank, diagonal=self.diagonal)
+    def blocks(
+        self, objective: Objective, params: Params, x: Any, absent: frozenset[str] = frozenset()
+    ) -> tuple[Any, tuple[Block, ...]]:
+        """The jaxpr of one example, and the blocks of the parameters, but for those at the paths
+        `absent`.
+        """
+        closed, blocks = find_blocks(
+            objective,
+            params,
+            x,
+            rank=self.rank,
+            diagonal=self.diagonal,
+            fused=self.fused,
+            absent=absent,
+        )
         if self.fisher == "forward_only":
             blocks = tuple(input_side(block) for block in blocks)
         return closed, tuple(
@@ -134,9 +154,10 @@ class TappedScope:
         self._scope, self._recipe = scope, first.recipe
         scope.objective.check(scope.params, scope.batch, scope.key)
         x = scope.objective.example(scope.batch).x
-        closed, self.all_blocks = first.recipe.blocks(scope.objective, scope.params, x)
-        self.blocks = tuple(b for q in quantities for b in q.mine(self.all_blocks))
         bases = {} if scope.bases is None else scope.bases(first.rotated)
+        absent = frozenset(path for path, each in bases.items() if is_masked(each))
+        closed, self.all_blocks = first.recipe.blocks(scope.objective, scope.params, x, absent)
+        self.blocks = tuple(b for q in quantities for b in q.mine(self.all_blocks))
         _check_bases(self.blocks, bases)
         self.run = tapped_pass(
             scope.objective,

@@ -136,6 +136,29 @@ class Lookup(AbstractArrangement):
 
 
 @dataclasses.dataclass(frozen=True)
+class Fused(AbstractArrangement):
+    """A product whose outputs are several `parts`, each of which is a matrix of its own. All have
+    the inputs of the `whole`.
+    """
+
+    whole: AbstractArrangement
+    parts: int
+
+    @staticmethod
+    def of(whole: AbstractArrangement, parts: int) -> "Fused":
+        stack, outputs = whole.stack * parts, whole.outputs // parts
+        return Fused(stack, whole.inputs, outputs, whole.positions, whole, parts)
+
+    def input_rows(self, x: Array, lead: int, every: int = 1) -> Rows:
+        return jnp.repeat(self.whole.input_rows(x, lead, every), self.parts, axis=0)
+
+    def output_rows(self, g: Array, lead: int, every: int = 1) -> Rows:
+        rows = self.whole.output_rows(g, lead, every)
+        rows = rows.reshape(*rows.shape[:3], self.parts, self.outputs)
+        return jnp.moveaxis(rows, 3, 1).reshape(self.stack, *rows.shape[1:3], self.outputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Elementwise(AbstractArrangement):
     """A product with the parameter (`scale`) or a sum. The gradient of an example is formed:
     it is small.

@@ -11,7 +11,8 @@ import numpy as np
 
 from curvax import _tree
 from curvax.objective import Objective, Params
-from curvax.taps.arrangement import Elementwise, Lookup
+from curvax.taps.arrangement import Elementwise, Fused, Lookup
+from curvax.taps.by_path import ByPath
 from curvax.taps.find import Found, Unknown, Use, find_uses, on_host
 from curvax.taps.layout import View
 from curvax.taps.statistics import Kind, Sharing, Statistics
@@ -22,6 +23,8 @@ LONGEST = 8192
 WHOLE = 32
 # Ranks given as a share are rounded down to whole tiles of matrix units.
 TILE = 16
+# The default of the methods, and of leaves that a mapping of ranks leaves out.
+SHARE = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,12 @@ class KroneckerBlock:
     @property
     def leaves(self) -> tuple[int, ...]:
         return (self.leaf,) if self.bias is None else (self.leaf, self.bias)
+
+    @property
+    def parts(self) -> int:
+        """Of how many parts the outputs are, each with a matrix of the stack."""
+        arrangements = [use.arrangement for use in self.uses]
+        return max((a.parts for a in arrangements if isinstance(a, Fused)), default=1)
 
     @property
     def numbers(self) -> int:
@@ -161,7 +170,66 @@ class StateBudget:
         return StateBudget(float(match[1]))
 
 
-Rank = float | int | None | StateBudget
+# Of a factor: a share of its size, a number of columns, or None for a full matrix.
+SideRank = float | int | None
+# Of a block: of both its factors, or of the input's and of the output's.
+BlockRank = SideRank | tuple[SideRank, SideRank]
+Ranks = BlockRank | Mapping[str, BlockRank]
+Rank = Ranks | ByPath | StateBudget
+
+
+def as_rank(rank: Rank) -> BlockRank | ByPath | StateBudget:
+    """A rank as a hashable value. **Raises** `ValueError` for one out of range."""
+    if isinstance(rank, Mapping):
+        rank = ByPath.of("rank", rank)
+    if isinstance(rank, StateBudget):
+        return rank
+    wanted = dict(rank.items) if isinstance(rank, ByPath) else {"": rank}
+    for part, each in wanted.items():
+        for side in each if isinstance(each, tuple) else (each,):
+            share = isinstance(side, float) and not 0 < side <= 1
+            if share or (isinstance(side, int) and side < 1):
+                where = f" for {part!r}" if isinstance(rank, ByPath) else ""
+                raise ValueError(
+                    f"rank: got {side}{where}, wanted a share in (0, 1], a number of columns ≥ 1, "
+                    "or None for full factors."
+                )
+    return rank
+
+
+# Parts that the outputs of a weight consist of, by a part of its path.
+Parts = Mapping[str, int] | ByPath | None
+
+
+def as_parts(parts: Parts) -> ByPath:
+    """Parts as a hashable value. **Raises** `ValueError` for a number of parts below 1."""
+    parts = parts if isinstance(parts, ByPath) else ByPath.of("fused", parts or {})
+    for part, count in parts.items:
+        if count < 1:
+            raise ValueError(f"fused: got {count} for {part!r}, wanted a number of parts ≥ 1.")
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wishes:
+    """What was asked for, leaf by leaf."""
+
+    rank: Any
+    diagonal: tuple[str, ...]
+    fused: ByPath
+    absent: frozenset[str]
+
+    def ranks(self, path: str) -> tuple[Any, Any]:
+        """Of the input and of the output factor."""
+        rank = self.rank.get(path, SHARE) if isinstance(self.rank, ByPath) else self.rank
+        return rank if isinstance(rank, tuple) else (rank, rank)
+
+    def asks_diagonal(self, path: str) -> bool:
+        return any(part in path for part in self.diagonal)
+
+    def frees(self, bias: str) -> bool:
+        """Whether a bias is to be no part of a weight's block."""
+        return bias in self.absent or self.asks_diagonal(bias)
 
 
 def find_blocks(
@@ -171,11 +239,19 @@ def find_blocks(
     *,
     rank: Rank = None,
     diagonal: tuple[str, ...] = (),
+    fused: Parts = None,
+    absent: frozenset[str] = frozenset(),
 ) -> tuple[Any, tuple[Block, ...]]:
     """The jaxpr of one example of a batch of inputs x, and the blocks of its parameters.
 
-    `diagonal` names leaves (by a part of their path) whose block is to be diagonal.
+    `diagonal` names leaves (by a part of their path) whose block is to be diagonal, `fused` those
+    whose outputs consist of so many equal parts, each with a block of its own, and `absent` has the
+    whole paths of leaves without a block, which are taken as constants.
+
+    **Raises** `ValueError` for a rank out of range, for a path that no leaf has, for outputs that
+    are no such parts, and for a model that cannot be applied to an example.
     """
+    wishes = _Wishes(as_rank(rank), diagonal, as_parts(fused), absent)
     first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     leaves, treedef = jax.tree.flatten(params)
     one = jax.tree.map(first, x)
@@ -184,17 +260,28 @@ def find_blocks(
         return objective.predict_one(jax.tree.unflatten(treedef, leaves), x, key)
 
     key = jax.eval_shape(lambda: jax.random.key(0)) if objective.stochastic else None
-    closed = jax.make_jaxpr(predict)(leaves, one, key)
+    try:
+        closed = jax.make_jaxpr(predict)(leaves, one, key)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise objective.inapplicable(params, one, error) from error
     variables = {var: i for i, var in enumerate(closed.jaxpr.invars[: len(leaves)])}
     found = find_uses(closed.jaxpr, variables)
     paths = _tree.paths(params)
-    make = lambda rank: _blocks(found, paths, leaves, rank, diagonal)
-    return closed, _affordable(make, leaves, rank) if isinstance(rank, StateBudget) else make(rank)
+    make = lambda rank: _blocks(found, paths, leaves, dataclasses.replace(wishes, rank=rank))
+    budget = isinstance(wishes.rank, StateBudget)
+    kept = {i: leaf for i, leaf in enumerate(leaves) if paths[i] not in absent}
+    blocks = _affordable(make, kept, wishes.rank) if budget else make(wishes.rank)
+    if isinstance(wishes.rank, ByPath):
+        # A leaf in slices has a block, and a path, for each.
+        wishes.rank.check(list(dict.fromkeys((*paths, *(block.path for block in blocks)))))
+    weights = [block.path for block in blocks if isinstance(block, KroneckerBlock)]
+    wishes.fused.check([*weights, *absent], "weight with a Kronecker block")
+    return closed, blocks
 
 
-def _affordable(make: Any, leaves: list[Any], budget: StateBudget) -> tuple[Block, ...]:
+def _affordable(make: Any, leaves: dict[int, Any], budget: StateBudget) -> tuple[Block, ...]:
     """The blocks of the largest share of a rank, in steps of 1/64, that the budget allows."""
-    size = sum(leaf.size for leaf in leaves)
+    size = sum(leaf.size for leaf in leaves.values())
     allowed = (2 * budget.of_adam - 1) * size
 
     def needed(blocks: tuple[Block, ...]) -> int:
@@ -216,7 +303,7 @@ def _affordable(make: Any, leaves: list[Any], budget: StateBudget) -> tuple[Bloc
 
 
 def _blocks(
-    found: Found, paths: list[str], leaves: list[Any], rank: Any, diagonal: tuple[str, ...]
+    found: Found, paths: list[str], leaves: list[Any], wishes: _Wishes
 ) -> tuple[Block, ...]:
     by_leaf: dict[int, list[Use | Unknown]] = {i: [] for i in range(len(paths))}
     for use in found:
@@ -224,15 +311,17 @@ def _blocks(
     blocks: list[Block] = []
     biases: dict[int, list[int]] = {}
     for leaf, uses in by_leaf.items():
-        asked = any(part in paths[leaf] for part in diagonal)
-        made = None if asked else _kronecker(leaf, paths[leaf], leaves[leaf], uses, rank)
+        if paths[leaf] in wishes.absent:
+            continue
+        asked = wishes.asks_diagonal(paths[leaf])
+        made = None if asked else _kronecker(leaf, paths[leaf], leaves[leaf], uses, wishes)
         for block in made or ():
             if block.bias is not None:
                 biases.setdefault(block.bias, []).append(len(blocks))
             blocks.append(block)
     for bias, users in biases.items():
         # A bias of two blocks, or one that is also used by itself, belongs to neither.
-        if len(users) > 1 or by_leaf[bias] or any(part in paths[bias] for part in diagonal):
+        if len(users) > 1 or by_leaf[bias] or wishes.frees(paths[bias]):
             for index in users:
                 blocks[index] = _without_bias(blocks[index])
     for use in found:
@@ -241,15 +330,15 @@ def _blocks(
             by_leaf[use.shift.view.leaf].append(use.shift)
     covered = {leaf for block in blocks for leaf in block.leaves}
     for leaf in range(len(paths)):
-        if leaf not in covered:
-            asked = any(part in paths[leaf] for part in diagonal)
+        if leaf not in covered and paths[leaf] not in wishes.absent:
+            asked = wishes.asks_diagonal(paths[leaf])
             blocks.append(_diagonal(leaf, paths[leaf], by_leaf[leaf], asked))
     order = sorted(blocks, key=lambda block: block.leaf)
     return tuple(order)
 
 
 def _kronecker(
-    leaf: int, path: str, struct: Any, uses: list[Use | Unknown], rank: Any
+    leaf: int, path: str, struct: Any, uses: list[Use | Unknown], wishes: _Wishes
 ) -> list[KroneckerBlock] | None:
     """The blocks of a leaf that is only used in products, if they fit together."""
     products = [
@@ -260,26 +349,55 @@ def _kronecker(
     views: dict[View, list[Use]] = {}
     for use in products:
         views.setdefault(use.view, []).append(use)
+    parts = wishes.fused.get(path, 1)
     if len(views) == 1 and not products[0].view.partial:
-        return [_block(leaf, path, products, (False,) * len(products), rank)]
-    if all(view.partial for view in views) and _tile(views):
+        uses_of_parts = [_in_parts(use, path, parts) for use in products]
+        return [_block(leaf, path, uses_of_parts, (False,) * len(products), wishes)]
+    sliced = all(view.partial for view in views) and _tile(views)
+    if parts > 1 and not (sliced and len(views) == parts):
+        raise ValueError(
+            f"fused: got {parts} parts for {path}, which the model itself uses as {len(views)} "
+            "different matrices."
+        )
+    if sliced:
         return [
-            _block(leaf, f"{path}[{i}]", group, (False,) * len(group), rank)
+            _block(leaf, f"{path}[{i}]", group, (False,) * len(group), wishes)
             for i, group in enumerate(views.values())
         ]
     swapped = _tied(products, struct)
-    return None if swapped is None else [_block(leaf, path, products, swapped, rank)]
+    return None if swapped is None else [_block(leaf, path, products, swapped, wishes)]
+
+
+def _in_parts(use: Use, path: str, parts: int) -> Use:
+    """A use of a weight whose outputs are several parts: that many matrices, one after another."""
+    whole = use.arrangement
+    if parts == 1:
+        return use
+    if isinstance(whole, Lookup):
+        raise ValueError(f"fused: got {parts} parts for {path}, wanted a weight, not an embedding.")
+    if whole.outputs % parts:
+        raise ValueError(
+            f"fused: got {parts} parts for {path}, whose {whole.outputs} outputs are no {parts} "
+            "equal parts."
+        )
+    fused = Fused.of(whole, parts)
+    shape = (fused.stack, fused.outputs)
+    bias = None if use.bias is None else use.bias.then("reshape", shape, shape)
+    shape = (*shape, fused.inputs)
+    view = use.view.then("reshape", shape, shape)
+    return dataclasses.replace(use, view=view, bias=bias, arrangement=fused)
 
 
 def _block(
-    leaf: int, path: str, uses: list[Use], swapped: tuple[bool, ...], rank: Any
+    leaf: int, path: str, uses: list[Use], swapped: tuple[bool, ...], wishes: _Wishes
 ) -> KroneckerBlock:
     frame = uses[swapped.index(False)]
     bias_views = {use.bias for use in uses}
     bias = bias_views.pop() if len(bias_views) == 1 and not any(swapped) else None
     arrangement = frame.arrangement
     inputs, outputs = arrangement.inputs + (bias is not None), arrangement.outputs
-    input, output = Form.of(inputs, outputs, rank), Form.of(outputs, inputs, rank)
+    ranks = wishes.ranks(path)
+    input, output = Form.of(inputs, outputs, ranks[0]), Form.of(outputs, inputs, ranks[1])
     if any(isinstance(use.arrangement, Lookup) for use in uses):
         input = Form("diagonal", arrangement.inputs)
     return KroneckerBlock(

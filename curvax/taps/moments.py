@@ -81,22 +81,37 @@ def tapped_pass(
     `bases` holds, for each path of a Kronecker block, the bases of its (input, output) sketches,
     each (stack, n, k) or None, or a third entry: the eigenbases of both sides instead.
     """
-    example = objective.example(batch)
+    weighted = objective.example(batch).weight is not None
     dtype = _tree.accumulation_dtype(_tree.common_dtype(params))
-    taps, shared = {}, {}
+    taps = {}
     for block in blocks:
         for index, use in enumerate(block.uses):
-            rule, given = _rule(block, index, bases, sharing, example.weight is not None)
-            rule = dataclasses.replace(rule, dtype=dtype)
-            loops = tuple(loop.length for loop in use.loops if loop.stacked)
-            split = lambda basis, loops=loops: basis.reshape(*loops, -1, *basis.shape[1:])
-            name = (block.path, index)
-            taps[name] = (use, rule)
-            probes = tuple(
-                jax.ShapeDtypeStruct((*loops, *probe.shape), probe.dtype) for probe in rule.probes()
-            )
-            shared[name] = (probes, tuple(split(basis) for basis in given))
-    tapped = Tapped(closed, taps)
+            rule, given = _rule(block, index, bases, sharing, weighted)
+            taps[block.path, index] = use, dataclasses.replace(rule, dtype=dtype), given
+    return linearise_tapped(objective, params, batch, key, closed, taps)
+
+
+def linearise_tapped(
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: PRNGKeyArray | None,
+    closed: Any,
+    taps: Mapping[Any, tuple[Use, Any, tuple[Array, ...]]],
+) -> TappedPass:
+    """One forward pass over a batch with taps in it: by a name each the use, the rule, and what the
+    rule is given besides, for each matrix of a stack.
+    """
+    example = objective.example(batch)
+    shared = {}
+    for name, (use, rule, given) in taps.items():
+        loops = tuple(loop.length for loop in use.loops if loop.stacked)
+        split = lambda basis, loops=loops: basis.reshape(*loops, -1, *basis.shape[1:])
+        probes = tuple(
+            jax.ShapeDtypeStruct((*loops, *probe.shape), probe.dtype) for probe in rule.probes()
+        )
+        shared[name] = (probes, tuple(split(basis) for basis in given))
+    tapped = Tapped(closed, {name: (use, rule) for name, (use, rule, _) in taps.items()})
     leaves_of = jax.tree.leaves
     weights = _example_weights(objective, example)
     keys = objective.example_keys(example.x, key)

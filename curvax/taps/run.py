@@ -11,8 +11,7 @@ from jaxtyping import Array
 
 from curvax._jaxpr import scan_sizes, sub_jaxprs
 from curvax.taps.find import Path, Use
-from curvax.taps.primitive import tap
-from curvax.taps.statistics import Statistics
+from curvax.taps.primitive import Rule, tap
 
 # What the tap of a use is given: probes and bases, with the loop axes of the use first.
 Payload = tuple[tuple[Array, ...], tuple[Array, ...]]
@@ -24,7 +23,7 @@ class Tapped:
     **Arguments:** the (closed) jaxpr; for each use, by any hashable name, the use and its rule.
     """
 
-    def __init__(self, closed: Any, taps: Mapping[Any, tuple[Use, Statistics]]):
+    def __init__(self, closed: Any, taps: Mapping[Any, tuple[Use, Rule]]):
         self._closed = closed
         self._taps = dict(taps)
         self._at: dict[Path, list[Any]] = {}

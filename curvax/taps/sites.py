@@ -1,7 +1,7 @@
 """A table of where a model uses its parameters, and which block each goes to."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from curvax import _tree
 from curvax._tables import table
 from curvax.objective import Batch, Objective
-from curvax.taps.blocks import Block, DiagonalBlock, Form, find_blocks
+from curvax.taps.blocks import Block, DiagonalBlock, Form, Ranks, find_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Site:
       with several uses, `?` for a use that was not understood.
     - `block`: the path of the block's weight.
     - `stack`: how many matrices the leaf holds (layers that are scanned over, groups, heads).
+    - `parts`: of how many parts the outputs of a fused weight consist; each is a matrix of the
+      stack.
     - `positions`: how often an example uses it (times, places, tokens).
     - `factors`: the forms of its input and output factor, None for a diagonal block.
     - `reason`: why a block is diagonal, if that is a fallback; else empty.
@@ -35,6 +37,7 @@ class Site:
     kind: str
     block: str
     stack: int
+    parts: int
     positions: int
     factors: tuple[Form, Form] | None
     reason: str
@@ -91,7 +94,7 @@ class Sites:
                     "×".join(map(str, site.shape)) or "scalar",
                     site.kind,
                     ("Kronecker" if site.factors else "diagonal") if own else f"with {site.block}",
-                    str(site.stack) if own and site.factors else "",
+                    _stack(site) if own and site.factors else "",
                     *(str(form) if own and form else "" for form in forms),
                     f"{site.bytes:,}" if own else "",
                     f"{site.flops:,}" if own else "",
@@ -101,13 +104,18 @@ class Sites:
         return "\n".join(line.rstrip() for line in table(rows))
 
 
+def _stack(site: Site) -> str:
+    return f"{site.stack} ({site.parts} parts)" if site.parts > 1 else str(site.stack)
+
+
 def sites(
     objective: Objective,
     model: PyTree[Any],
     batch: Batch,
     *,
-    rank: float | int | None = None,
+    rank: Ranks = None,
     diagonal: tuple[str, ...] = (),
+    fused: Mapping[str, int] | None = None,
 ) -> Sites:
     """Every parameter leaf of a model: how it is used, and which block it goes to.
 
@@ -116,15 +124,17 @@ def sites(
     - `objective`: what is minimised; it needs no `example` here.
     - `model`: the model, or its trained part.
     - `batch`: a batch, or its shapes.
-    - `rank`, `diagonal`: as of [`kfac`][curvax.methods.kfac.kfac]; by default factors are full.
+    - `rank`, `diagonal`, `fused`: as of [`kfac`][curvax.methods.kfac.kfac]; by default factors are
+      full.
 
     **Returns** the sites in the order of the leaves. Print them for a table; `fallbacks` has the
     leaves that fell back to a diagonal. Nothing is computed: the model is traced on the shapes of
-    one example. **Raises** `ValueError` for a batch that is no batch of this objective.
+    one example. **Raises** `ValueError` for a batch that is no batch of this objective, and for a
+    rank out of range or for a path that no leaf has.
     """
     params, objective = objective.bind(model)
     x = objective.example(batch).x
-    _, blocks = find_blocks(objective, params, x, rank=rank, diagonal=diagonal)
+    _, blocks = find_blocks(objective, params, x, rank=rank, diagonal=diagonal, fused=fused)
     leaves, paths = jax.tree.leaves(params), _tree.paths(params)
     found: dict[int, Site] = {}
     for block in blocks:
@@ -148,11 +158,12 @@ def _site(block: Block, leaf: int, leaves: list[Any], paths: list[str]) -> Site:
     if isinstance(block, DiagonalBlock):
         size = leaves[leaf].size
         positions = max((use.arrangement.positions for use in block.uses), default=1)
-        factors, stack, kind, flops, reason = None, 1, block.kind, size, block.reason
+        factors, stack, parts, kind, flops, reason = None, 1, 1, block.kind, size, block.reason
         numbers = size
     else:
         positions = sum(use.arrangement.positions * use.repeats for use in block.uses)
-        factors, stack, reason = (block.input, block.output), block.stack, ""
+        factors, reason = (block.input, block.output), ""
+        stack, parts = block.stack, block.parts
         kind = block.kind if leaf == block.leaf else "bias"
         numbers = block.numbers
         flops = stack * sum(
@@ -163,7 +174,9 @@ def _site(block: Block, leaf: int, leaves: list[Any], paths: list[str]) -> Site:
             )
         )
     nbytes = numbers * dtype.itemsize
-    return Site(paths[leaf], shape, kind, owner, stack, positions, factors, reason, nbytes, flops)
+    return Site(
+        paths[leaf], shape, kind, owner, stack, parts, positions, factors, reason, nbytes, flops
+    )
 
 
 def _flops(form: Form, columns: int) -> int:

@@ -20,7 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from curvax.taps.arrangement import AbstractArrangement, Elementwise, Lookup, accumulator, product
+from curvax.taps.arrangement import (
+    AbstractArrangement,
+    Elementwise,
+    Fused,
+    Lookup,
+    accumulator,
+    product,
+)
 
 Kind = Literal["none", "full", "sketch", "diagonal"]
 Sharing = Literal["expand", "reduce"]
@@ -136,6 +143,8 @@ class Statistics:
         self, x: Array, weights: Array | None, basis: Array | None, lead: int
     ) -> tuple[Array, ...]:
         arrangement = self.arrangement
+        if isinstance(arrangement, Fused):
+            return self._input_of_parts(arrangement, x, weights, basis, lead)
         if isinstance(arrangement, Lookup):
             indices = arrangement.indices(x, lead)
             one = jnp.ones((), self.dtype) if weights is None else weights[:, None]
@@ -155,6 +164,21 @@ class Statistics:
         if not self.bias:
             return rows
         return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+
+    def _input_of_parts(
+        self, fused: Fused, x: Array, weights: Array | None, basis: Array | None, lead: int
+    ) -> tuple[Array, ...]:
+        """For parts that share their inputs: one product, with the bases of all side by side."""
+        whole, parts = dataclasses.replace(self, arrangement=fused.whole), fused.parts
+        if basis is None:
+            moment, trace = whole._input(x, weights, None, lead)
+            return jnp.repeat(moment, parts, axis=0), jnp.repeat(trace, parts)
+        stack, size, columns = basis.shape
+        beside = jnp.moveaxis(basis.reshape(-1, parts, size, columns), 1, 2)
+        beside = beside.reshape(stack // parts, size, parts * columns)
+        sketch, trace = whole._input(x, weights, beside, lead)
+        sketch = jnp.moveaxis(sketch.reshape(-1, size, parts, columns), 2, 1)
+        return sketch.reshape(stack, size, columns), jnp.repeat(trace, parts)
 
     def _sketch(self, inputs: Array, weights: Array | None, basis: Array) -> tuple[Array, Array]:
         """The sketch, without a copy of the rows for the coordinate 1."""
