@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from curvax._tables import table
-from curvax.blockwise import DiagonalMemory, EigenMemory, KroneckerMemory
+from curvax.factored import DiagonalMemory, EigenMemory, KroneckerMemory
 from curvax.operators.factors import AbstractFactor, DenseFactor, LowRankFactor
 from curvax.refresh import FactorMemory
 from curvax.taps import blocks

@@ -1,5 +1,10 @@
-"""Damping policies: constant, scheduled, Levenberg-Marquardt, trust region."""
+"""Damping: policies (constant, scheduled, Levenberg-Marquardt, trust region), and how λ is shared
+out between the factors of a Kronecker product.
+"""
 
+from curvax.damping.factors import AbstractFactorDamping as AbstractFactorDamping
+from curvax.damping.factors import FactoredTikhonov as FactoredTikhonov
+from curvax.damping.factors import RelativeTikhonov as RelativeTikhonov
 from curvax.damping.policies import AbstractDamping as AbstractDamping
 from curvax.damping.policies import Constant as Constant
 from curvax.damping.policies import DampingState as DampingState

@@ -4,13 +4,9 @@ from collections.abc import Mapping
 
 from jaxtyping import ScalarLike
 
-from curvax.blockwise import (
-    AbstractFactorDamping,
-    KroneckerPreconditioner,
-    RelativeTikhonov,
-    precondition,
-)
-from curvax.damping import AbstractDamping
+from curvax.blockwise import precondition
+from curvax.damping import AbstractDamping, AbstractFactorDamping, RelativeTikhonov
+from curvax.factored import KroneckerPreconditioner
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
 from curvax.scalings import RMS, AbstractScaling
