@@ -178,7 +178,7 @@ _WITH = "Levenberg-Marquardt damping, λ from 1 down to at least 0.01"
 _GRID = (0.1, 0.3, 1.0)
 MOMENTUM = 0.9
 # The peak learning rate of K-FAC, which its scaling makes the same for all problems.
-KFAC_RATE = 0.003
+KFAC_RATE = 0.002
 KFAC_DAMPING = 1.0
 # K-FAC's defaults, with momentum behind it.
 _KFAC = "damping 1, RMS, refreshed every 10 steps, momentum 0.9"

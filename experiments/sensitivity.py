@@ -38,7 +38,7 @@ from experiments.tables import Row, write_results
 from experiments.timing import provenance
 from experiments.training import Task, train
 
-DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+DAMPINGS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 PERIODS = (1, 2, 5, 10, 20, 50, 100)
 PERIOD = 10
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -78,7 +78,7 @@ def kfac(
       curvature.
     - `scaling`: what is made of the preconditioned gradient. [`RMS`][curvax.RMS] gives each leaf
       the size of an Adam step, so that Adam's learning rates fit and one serves many problems
-      (0.003, falling to zero, did on all that were tried). [`KLClip`][curvax.KLClip] keeps the
+      (0.002, falling to zero, did on all that were tried). [`KLClip`][curvax.KLClip] keeps the
       lengths of the natural gradient, and bounds how far a step moves the predictions; it goes
       further where its learning rate is tuned.
     - `decay`: the weight of the past in a factor's moving average at each refresh, corrected for
