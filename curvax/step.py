@@ -60,6 +60,7 @@ class Step:
         # The count array last handed out, and its value: the phase of the next step is known
         # without waiting for the device.
         self._last: tuple[Array, int] | None = None
+        self._phases: dict[int, tuple[Due, ...]] = {}
 
     def init(self, model: PyTree[Any]) -> StepState:
         """The state before the first step. **Raises** `ValueError` if nothing can be trained."""
@@ -82,7 +83,7 @@ class Step:
             return self.pure(model, state, batch, key, curvature_batch=curvature_batch)
         self._check(model, batch, key)
         count = self._host_count(state.count)
-        phase = self.method.plan.phase(count)
+        phase = self._phase(count)
         arrays, static = _split(model)
         arrays, state, info = self._compiled(
             arrays, state, batch, key, curvature_batch, static, phase
@@ -191,6 +192,14 @@ class Step:
         if self._last is not None and self._last[0] is count:
             return self._last[1]
         return int(count)
+
+    def _phase(self, count: int) -> tuple[Due, ...]:
+        """As of the plan, which repeats itself after its first cycle."""
+        period = self.method.plan.period
+        within = count if count < period else period + count % period
+        if within not in self._phases:
+            self._phases[within] = self.method.plan.phase(within)
+        return self._phases[within]
 
     def describe(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None) -> str:
         """See [`Method.describe`][curvax.Method]."""
