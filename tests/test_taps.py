@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import curvax as cx
 from curvax import _tree
+from curvax._jaxpr import scan_sizes
 from curvax.operators.kronecker import arrange
 from curvax.operators.metric import sampling_key
 from curvax.plan.moments import BlockMoments, Recipe, TappedScope, moments_of
@@ -32,16 +33,17 @@ TOLERANCES = {
     # Rounded to bfloat16 in other places than the reference.
     "bf16_compute": {"rtol": 5e-2, "atol": 1e-3},
 }
-COMPILER = {
+COMPILER: dict[str, Any] = {
     # Without LLVM's optimisations these round elsewhere with taps than without.
     **{
         name: {"xla_backend_optimization_level": 3}
         for name in ("cnn_groupnorm", "transformer", "resnet_batchnorm", "transformer_scanned")
     },
+}
+if jax.__version_info__ < (0, 11):
     # XLA's fusion emitters for the CPU (jaxlib 0.10.2) compile one matrix of the GRU to another
     # one: of two products of concatenations [a b c] and [a b d], the second gets c for d.
-    "gru": {"xla_cpu_use_fusion_emitters": False},
-}
+    COMPILER["gru"] = {"xla_cpu_use_fusion_emitters": False}
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -112,7 +114,11 @@ def _evaluate(jaxpr, consts, args, path, loop, visit):
             getattr(body, "jaxpr", body), getattr(body, "consts", ()), args, place, loop, visit
         )
         if name == "scan":
-            split = [eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]]
+            if "num_consts" in eqn.params:
+                sizes = eqn.params["num_consts"], eqn.params["num_carry"]
+            else:  # jax 0.11
+                sizes = scan_sizes(eqn, inner.jaxpr)
+            split = [sizes[0], sum(sizes)]
             consts_in, carry, xs = (
                 inputs[: split[0]],
                 inputs[split[0] : split[1]],
