@@ -185,9 +185,13 @@ class _Factors(AbstractBlockPreconditioner):
         each = memory[block.path]
         if not isinstance(block, DiagonalBlock):
             return self._inverse(each, damping)
-        entries = each.entries
-        shifted = entries + jnp.asarray(self.split.diagonal(damping, entries), entries.dtype)
-        return Entries(jnp.where(each.updates > 0, 1 / shifted, 1.0))
+
+        def shifted(entries: Array) -> Array:
+            return entries + jnp.asarray(self.split.diagonal(damping, entries), entries.dtype)
+
+        for _ in range(block.loops):  # each layer of a scanned leaf by itself
+            shifted = jax.vmap(shifted)
+        return Entries(jnp.where(each.updates > 0, 1 / shifted(each.entries), 1.0))
 
     @abc.abstractmethod
     def _inverse(self, each: Any, damping: Scalar) -> AbstractBlockMatrix:

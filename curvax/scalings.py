@@ -97,7 +97,8 @@ class KLClip(AbstractScaling):
 
 
 class RMS(AbstractScaling):
-    """Each leaf scaled to a root mean square of 1, the size of an Adam step: its rates fit.
+    """Each leaf, and of leaves that are scanned over each layer, scaled to a root mean square of 1,
+    the size of an Adam step: its rates fit.
 
     The lengths that the preconditioner gave to the leaves are lost, their directions kept. `eps` is
     added to the mean square, so that a direction of zero stays zero.
@@ -106,15 +107,28 @@ class RMS(AbstractScaling):
     eps: float = 1e-30
 
     def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
-        del context
+        leaves, treedef = jax.tree.flatten(direction)
+        loops = _loop_axes(context.blocks, len(leaves))
 
-        def leaf(d: Array) -> Array:
+        def leaf(d: Array, depth: int) -> Array:
             wide = d.astype(_tree.accumulation_dtype(d.dtype))
-            return (
-                d * jax.lax.rsqrt(jnp.mean(jnp.square(wide)) + self.eps).astype(d.dtype)
-            ).astype(d.dtype)
+            square = jnp.mean(jnp.square(wide), axis=tuple(range(depth, d.ndim)), keepdims=True)
+            return (d * jax.lax.rsqrt(square + self.eps).astype(d.dtype)).astype(d.dtype)
 
-        return jax.tree.map(leaf, direction), state
+        return treedef.unflatten(leaf(*each) for each in zip(leaves, loops, strict=True)), state
+
+
+def _loop_axes(blocks: tuple[Block, ...], count: int) -> list[int]:
+    """For each leaf, how many of its leading axes the model scans over."""
+    depths = [0] * count
+    for block in blocks:
+        if isinstance(block, DiagonalBlock):
+            depths[block.leaf] = block.loops
+            continue
+        depths[block.leaf] = block.view.depth
+        if block.bias is not None and block.bias_view is not None:
+            depths[block.bias] = block.bias_view.depth
+    return depths
 
 
 class Grafted(AbstractScaling):

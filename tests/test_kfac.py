@@ -476,6 +476,31 @@ def test_rms():
         np.testing.assert_allclose(cosine, 1, rtol=1e-9)
 
 
+def test_scanned_layers_have_the_step_of_unrolled_ones():
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    stacked = {"w": array(3, 4, 4), "b": array(3, 4), "scale": 1 + array(3, 4)}
+    apart = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(3)]
+    layer = lambda h, p: jnp.tanh(p["scale"] * (p["w"] @ h + p["b"]))
+    batch = array(5, 4), array(5, 4)
+
+    def looped(params, x):
+        return jax.lax.scan(lambda h, p: (layer(h, p), None), x, params)[0]
+
+    def unrolled(params, x):
+        for p in params:
+            x = layer(x, p)
+        return x
+
+    moved = []
+    for predict, params in ((looped, stacked), (unrolled, apart)):
+        objective = cx.Objective(predict, cx.SquaredError(), example=batch)
+        method = cx.methods.kfac(objective, rank=None, fisher="exact")
+        step = cx.make_step(optax.chain(method, optax.scale(-0.1)), method)
+        moved.append(step(params, step.init(params), batch)[0])
+    close(moved[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved[1]), rtol=1e-9)
+
+
 def test_grafted_has_the_norms_of_adam():
     p = problem()
     adam = optax.scale_by_adam()

@@ -133,6 +133,12 @@ class DiagonalBlock:
     reason: str = ""
 
     @property
+    def loops(self) -> int:
+        """Leading axes of the leaf that the model scans over, if it does so everywhere."""
+        depths = {use.view.depth for use in self.uses}
+        return depths.pop() if len(depths) == 1 else 0
+
+    @property
     def kind(self) -> str:
         return " + ".join(dict.fromkeys(use.kind for use in self.uses)) or "?"
 
