@@ -103,8 +103,10 @@ def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
         groups.setdefault(near, []).append(i)
     results: list[tuple[Array, Array]] = [(stack, stack) for stack in stacks]
     for size, members in groups.items():
-        lower = jnp.linalg.cholesky(joined([_grown(stacks[i], size) for i in members]))
-        inverse = _triangular_inverse(lower)
+        together = joined([_grown(stacks[i], size) for i in members])
+        lower, inverse = jax.lax.platform_dependent(
+            together, cpu=_one_by_one(_by_substitution), default=_by_halves
+        )
         for i, span in zip(members, spans([stacks[i] for i in members]), strict=True):
             own = slice(stacks[i].shape[-1])
             results[i] = lower[span, own, own], inverse[span, own, own]
@@ -136,6 +138,33 @@ def spans(stacks: Sequence[Array]) -> list[slice]:
     for stack in stacks:
         ends.append(ends[-1] + stack.shape[0])
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """A function of a stack, called for each matrix by itself.
+
+    For LAPACK: jaxlib 0.10.2 spreads a batch over the threads of the CPU and waits for them, and
+    batches that run at the same time wait for each other, for ever.
+    """
+
+    def each(stack: Array) -> Any:
+        if stack.shape[0] == 1:
+            return function(stack)
+        one = lambda matrix: jax.tree.map(lambda x: x[0], function(matrix[None]))
+        return jax.lax.map(one, stack)
+
+    return each
+
+
+def _by_substitution(stack: Array) -> tuple[Array, Array]:
+    lower = jnp.linalg.cholesky(stack)
+    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
+    return lower, jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+
+
+def _by_halves(stack: Array) -> tuple[Array, Array]:
+    lower = jnp.linalg.cholesky(stack)
+    return lower, _triangular_inverse(lower)
 
 
 def _triangular_inverse(lower: Array) -> Array:

@@ -212,9 +212,24 @@ def test_batched_is_one_by_one():
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(memory), strict=True):
             assert a.shape == b.shape and a.dtype == b.dtype
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
-    # Equal forms share one factorisation.
+    # Equal forms share one factorisation, which is written once for CPUs and once for the rest.
     closed = jax.make_jaxpr(invert)(together, shifts)
-    assert [eqn.primitive.name for eqn in equations(closed.jaxpr)].count("cholesky") == 2
+    assert [eqn.primitive.name for eqn in equations(closed.jaxpr)].count("cholesky") == 2 * 2
+
+
+def test_stacks_at_the_same_time_come_to_an_end():
+    """Batches of LAPACK calls side by side waited for each other on two cores (jaxlib 0.10.2)."""
+    memories = [start_at(size) for size in (130, 165, 210)]
+    moments = [moment_of(m, psd(0, m.factor.size)) for m in memories]
+    shifts = [jnp.ones(STACK)] * len(memories)
+    together = compiled_invert(compiled_refresh(memories, moments, 0.9), shifts)
+    for memory, moment in zip(together, moments, strict=True):
+        expected = np.linalg.inv(np.asarray(moment.product) + np.eye(memory.factor.size))
+        np.testing.assert_allclose(memory.inverse.values, expected, atol=1e-9)
+
+
+def start_at(size):
+    return first_factor(Form("full", size), STACK, jnp.float64, 0)
 
 
 def equations(jaxpr):
