@@ -89,6 +89,12 @@ def transposed(a: Array) -> Array:
     return jnp.swapaxes(a, -1, -2)
 
 
+def shifted(matrices: Array, shift: Array) -> Array:
+    """Each matrix plus its own multiple of the identity."""
+    eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    return matrices + shift[:, None, None].astype(matrices.dtype) * eye[None]
+
+
 def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
     """L with A = L Lᵀ, and L⁻¹, of stacks of positive definite matrices; NaN where one is not.
 
@@ -158,8 +164,7 @@ def _one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
 
 def _by_substitution(stack: Array) -> tuple[Array, Array]:
     lower = jnp.linalg.cholesky(stack)
-    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
-    return lower, jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    return lower, _substituted(lower)
 
 
 def _by_halves(stack: Array) -> tuple[Array, Array]:
@@ -170,10 +175,8 @@ def _by_halves(stack: Array) -> tuple[Array, Array]:
 def _triangular_inverse(lower: Array) -> Array:
     """By halves: [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ C A⁻¹, B⁻¹]], both halves in one stack."""
     size = lower.shape[-1]
-    eye = jnp.eye(size, dtype=lower.dtype)
     if size <= _LEAF:
-        whole = jnp.broadcast_to(eye, lower.shape)
-        return jax.lax.linalg.triangular_solve(lower, whole, left_side=True, lower=True)
+        return _substituted(lower)
     if size % 2:
         return _triangular_inverse(_grown(lower, size + 1))[:, :-1, :-1]
     half = size // 2
@@ -182,3 +185,8 @@ def _triangular_inverse(lower: Array) -> Array:
     corner = -matmul(second, matmul(lower[:, half:, :half], first))
     top = jnp.concatenate([first, jnp.zeros_like(first)], axis=2)
     return jnp.concatenate([top, jnp.concatenate([corner, second], axis=2)], axis=1)
+
+
+def _substituted(lower: Array) -> Array:
+    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
+    return jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)

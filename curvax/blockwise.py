@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray, Scalar, ScalarLike
 
 from curvax import _tree
@@ -144,11 +143,7 @@ def precondition(
         seen = keep_unmasked(updates, observation.params) if marks else observation.params
         context = Context(updates, seen, observation, level.damping, blocks)
         direction, scaled = scaling.apply(state.solution, direction, context)
-        length, gradient_norm = _tree.norm(direction), _tree.norm(updates)
-        finite = (
-            jnp.isfinite(observation.value) & jnp.isfinite(gradient_norm) & jnp.isfinite(length)
-        )
-        metrics = measured(observation, level, gradient_norm, length, finite)
+        metrics = measured(observation, level, updates, direction)
         memory = {**memory, **marks}
         new = state._replace(level=level, solution=scaled, preconditioner=memory, metrics=metrics)
         operator = lambda: seen_by(observation[curvature], updates)

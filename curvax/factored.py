@@ -22,6 +22,9 @@ from curvax.plan.moments import BlockMoments, Recipe
 from curvax.refresh import FactorMemory, first_factor, invert, refresh, weight_of_past
 from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock
 
+# One factor of a state: the path of its block, and "input" or "output".
+Place = tuple[str, str]
+
 
 class KroneckerMemory(NamedTuple):
     """The factors of one Kronecker block. `refreshed` is the step of the last refresh, −1
@@ -139,18 +142,11 @@ class _Factors(AbstractBlockPreconditioner):
         damping: Scalar,
         count: Array,
     ) -> Memory:
-        kronecker = [b for b in blocks if isinstance(b, KroneckerBlock)]
-        forward_only = self.recipe.fisher == "forward_only"
-        sides = ["input"] if forward_only else ["input", "output"]
-        old = [getattr(memory[b.path], side) for side in sides for b in kronecker]
-        given = [getattr(moments[b.path], side) for side in sides for b in kronecker]
-        updated = refresh(old, given, self.decay)
-        new = dict(memory)
-        for (side, block), each in zip(
-            ((side, b) for side in sides for b in kronecker), updated, strict=True
-        ):
-            new[block.path] = new[block.path]._replace(**{side: each})
-        new = self._finish(memory, new, kronecker, sides, damping)
+        kronecker = [b.path for b in blocks if isinstance(b, KroneckerBlock)]
+        sides = ["input"] if self.recipe.fisher == "forward_only" else ["input", "output"]
+        places = [(path, side) for side in sides for path in kronecker]
+        updated = refresh(_at(memory, places), _at(moments, places), self.decay)
+        new = self._finish(memory, _replaced(memory, places, updated), places, damping)
         for block in blocks:
             if isinstance(block, DiagonalBlock):
                 new[block.path] = self._diagonal(memory[block.path], moments[block.path])
@@ -162,11 +158,10 @@ class _Factors(AbstractBlockPreconditioner):
         self,
         old: Memory,
         new: Memory,
-        blocks: list[KroneckerBlock],
-        sides: list[str],
+        places: list[Place],
         damping: Scalar,
     ) -> Memory:
-        """Inverses or eigenbases of the factors that came anew."""
+        """Inverses or eigenbases of the factors that came anew, at those places."""
 
     def _diagonal(self, memory: DiagonalMemory, moment: Array) -> DiagonalMemory:
         if self.recipe.fisher == "forward_only":
@@ -230,25 +225,16 @@ class KroneckerPreconditioner(_Factors):
         self,
         old: Memory,
         new: Memory,
-        blocks: list[KroneckerBlock],
-        sides: list[str],
+        places: list[Place],
         damping: Scalar,
     ) -> Memory:
         del old
-        shifts = {}
-        for block in blocks:
-            both = new[block.path].input.factor, new[block.path].output.factor
-            shifts[block.path] = dict(
-                zip(("input", "output"), self.split.shifts(damping, *both), strict=True)
-            )
-        pairs = [(side, block) for side in sides for block in blocks]
-        inverted = invert(
-            [getattr(new[b.path], side) for side, b in pairs],
-            [shifts[b.path][side] for side, b in pairs],
-        )
-        for (side, block), each in zip(pairs, inverted, strict=True):
-            new[block.path] = new[block.path]._replace(**{side: each})
-        return new
+        shifts: dict[Place, Array] = {}
+        for path in dict.fromkeys(path for path, _ in places):
+            both = new[path].input.factor, new[path].output.factor
+            shifts[path, "input"], shifts[path, "output"] = self.split.shifts(damping, *both)
+        inverted = invert(_at(new, places), [shifts[place] for place in places])
+        return _replaced(new, places, inverted)
 
     def _inverse(self, each: KroneckerMemory, damping: Scalar) -> Product:
         del damping  # it went into the inverses when they were refreshed
@@ -312,13 +298,12 @@ class EigenPreconditioner(_Factors):
         self,
         old: Memory,
         new: Memory,
-        blocks: list[KroneckerBlock],
-        sides: list[str],
+        places: list[Place],
         damping: Scalar,
     ) -> Memory:
-        del sides, damping
-        for block in blocks:
-            was, now = old[block.path], new[block.path]
+        del damping
+        for path in dict.fromkeys(path for path, _ in places):
+            was, now = old[path], new[path]
             bases, values, overlaps = [], [], []
             for side in ("input", "output"):
                 factor = getattr(now, side).factor
@@ -340,9 +325,7 @@ class EigenPreconditioner(_Factors):
             if overlaps[0] is not None:
                 turned = turned @ jnp.swapaxes(overlaps[0], 1, 2)
             scales = jnp.where(was.updates > 0, turned, fresh)
-            new[block.path] = now._replace(
-                input_basis=bases[0], output_basis=bases[1], scales=scales
-            )
+            new[path] = now._replace(input_basis=bases[0], output_basis=bases[1], scales=scales)
         return new
 
     def update(
@@ -379,6 +362,19 @@ class EigenPreconditioner(_Factors):
         shift = jax.vmap(lambda s: jnp.asarray(self.split.diagonal(damping, s), s.dtype))(scales)
         inverse = jnp.where(each.input.updates[0] > 0, 1 / (scales + shift[:, None, None]), 1.0)
         return Rotated(each.output_basis, each.input_basis, inverse)
+
+
+def _at(tree: Mapping[str, Any], places: list[Place]) -> list[Any]:
+    """What a state, or moments, have at some places."""
+    return [getattr(tree[path], side) for path, side in places]
+
+
+def _replaced(memory: Memory, places: list[Place], factors: list[FactorMemory]) -> Memory:
+    """The state with other factors at those places."""
+    new = dict(memory)
+    for (path, side), factor in zip(places, factors, strict=True):
+        new[path] = new[path]._replace(**{side: factor})
+    return new
 
 
 def never() -> Int[Array, ""]:

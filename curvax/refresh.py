@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from curvax._linalg import cholesky, joined, matmul, spans, transposed
+from curvax._linalg import cholesky, joined, matmul, shifted, spans, transposed
 from curvax.operators.factors import (
     AbstractFactor,
     DenseFactor,
@@ -165,14 +165,11 @@ def _low_rank(
         units.append(jnp.maximum(unit, jnp.finfo(dtype).tiny))
 
     def attempt(ridges: list[Array]) -> list[LowRankFactor]:
-        lifts = [(unit * ridge)[:, None, None] for unit, ridge in _pairs(units, ridges)]
-        shifted = [
-            core + lift * jnp.eye(core.shape[-1], dtype=core.dtype)[None]
-            for core, lift in _pairs(cores, lifts)
-        ]
+        lifts = [unit * ridge for unit, ridge in _pairs(units, ridges)]
+        halves = cholesky([shifted(core, lift) for core, lift in _pairs(cores, lifts)])
         tall = [
-            matmul(y + lift * q, transposed(half))
-            for y, lift, q, (_, half) in zip(sketches, lifts, bases, cholesky(shifted), strict=True)
+            matmul(y + lift[:, None, None] * q, transposed(half))
+            for y, lift, q, (_, half) in zip(sketches, lifts, bases, halves, strict=True)
         ]
         results = []
         for (basis, root), trace in _pairs(_orthonormal(tall), traces):
@@ -201,8 +198,7 @@ def _orthonormal(stacks: list[Array]) -> list[tuple[Array, Array]]:
         for q, _ in results:
             gram = matmul(transposed(q), q)
             scale = jnp.trace(gram, axis1=1, axis2=2) * jnp.finfo(gram.dtype).eps
-            eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-            lifted.append(gram + scale[:, None, None] * eye[None])
+            lifted.append(shifted(gram, scale))
         before, results = results, []
         for (q, r), (lower, half) in _pairs(before, cholesky(lifted)):
             upper = transposed(lower)
@@ -266,9 +262,9 @@ def _batched(
         groups.setdefault((jax.tree.structure(memory), shapes), []).append(i)
     if not groups:
         return []
-    join = lambda members: lambda *parts: joined(parts) if len(members) > 1 else parts[0]
+    join = lambda *parts: joined(parts)
     stacked = [
-        [jax.tree.map(join(members), *(each[i] for i in members)) for members in groups.values()]
+        [jax.tree.map(join, *(each[i] for i in members)) for members in groups.values()]
         for each in (memories, others)
     ]
     results = list(memories)

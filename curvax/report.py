@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from curvax._tables import table
@@ -13,7 +12,7 @@ from curvax.operators.factors import AbstractFactor, DenseFactor, LowRankFactor
 from curvax.refresh import FactorMemory
 from curvax.taps import blocks
 from curvax.taps.blocks import BlockRank, Form
-from curvax.transform import SecondOrderState
+from curvax.transform import method_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +105,8 @@ def factor_report(state: Any, share: float = 0.99) -> FactorReport:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}, wanted a number in (0, 1].")
-    is_method = lambda node: isinstance(node, SecondOrderState)
-    methods = [node for node in jax.tree.leaves(state, is_leaf=is_method) if is_method(node)]
     found: list[FactorSummary] = []
-    for method in methods:
+    for method in method_states(state):
         memory = method.preconditioner
         for path, each in memory.items() if isinstance(memory, dict) else ():
             found.extend(_summaries(path, each, int(method.count), share))

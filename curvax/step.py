@@ -19,7 +19,9 @@ from curvax.transform import (
     Metrics,
     SecondOrderState,
     gain_ratio,
+    is_method_state,
     measure_when,
+    method_states,
 )
 
 _Static = tuple[Any, tuple[Any, ...]]
@@ -164,9 +166,9 @@ class Step:
         measure = lambda: gain_ratio(observation, operator, observation.gradient, updates)
         ratio = measure_when(due, measure)
         judged = jax.tree.map(
-            lambda node: method.judge(node, ratio, due)[0] if _is_method(node) else node,
+            lambda node: method.judge(node, ratio, due)[0] if is_method_state(node) else node,
             inner,
-            is_leaf=_is_method,
+            is_leaf=is_method_state,
         )
         accepted = jnp.stack([node.metrics.accepted for node in _methods(judged)])
         return judged, jnp.all(accepted)
@@ -248,12 +250,8 @@ def _merge(arrays: list[Any], static: _Static) -> PyTree[Any]:
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _is_method(node: Any) -> bool:
-    return isinstance(node, SecondOrderState)
-
-
 def _methods(state: optax.OptState) -> list[SecondOrderState]:
-    found = [node for node in jax.tree.leaves(state, is_leaf=_is_method) if _is_method(node)]
+    found = method_states(state)
     if not found:
         raise ValueError(
             "optimizer: its state holds no state of a curvax method; build it around `method`."
@@ -270,11 +268,11 @@ def _keep_buffers(
     """The new state where the step is taken; else the old, but for what a method learned."""
 
     def pick(new: Any, old: Any) -> Any:
-        if _is_method(new):
+        if is_method_state(new):
             kept = _tree.where(finite, new, old)
             skipped = old.skipped + (~finite).astype(jnp.int32)
             metrics = new.metrics._replace(finite=finite)
             return kept._replace(count=new.count, skipped=skipped, metrics=metrics)
         return jnp.where(take, new, old) if eqx.is_array(new) and new is not old else new
 
-    return jax.tree.map(pick, new, old, is_leaf=_is_method)
+    return jax.tree.map(pick, new, old, is_leaf=is_method_state)

@@ -232,16 +232,12 @@ def second_order(
             solution, _, stats = solver.compute(factorised, updates, options)
         if damping.bounded:
             solution = _shorten(solution, level.radius)
-        length = _tree.norm(solution)
-
-        gradient_norm = _tree.norm(updates)
-        finite = (
-            jnp.isfinite(observation.value) & jnp.isfinite(gradient_norm) & jnp.isfinite(length)
-        )
-        finite = finite & _tree.all_finite(memory) & ~_came_to_nothing(stats)
-        metrics = measured(observation, level, gradient_norm, length, finite)._replace(
+        metrics = measured(observation, level, updates, solution)
+        finite = metrics.finite & _tree.all_finite(memory) & ~_came_to_nothing(stats)
+        metrics = metrics._replace(
             solver_steps=jnp.asarray(stats.get("num_steps", -1), jnp.int32),
             solver_residual=_f32(stats.get("residual_norm", jnp.nan)),
+            finite=finite,
         )
         new = state._replace(
             level=level,
@@ -366,14 +362,26 @@ def _came_to_nothing(stats: dict[str, Any]) -> Bool[Array, ""]:
     return (stats["stop"] == StopReason.nonfinite.value) & (stats["num_steps"] == 0)
 
 
+def is_method_state(node: Any) -> bool:
+    return isinstance(node, SecondOrderState)
+
+
+def method_states(state: Any) -> list[SecondOrderState]:
+    """Those of the methods inside of the state of an optimizer."""
+    leaves = jax.tree.leaves(state, is_leaf=is_method_state)
+    return [node for node in leaves if is_method_state(node)]
+
+
 def measured(
-    observation: Observation, level: DampingState, gradient: Array, solution: Array, finite: Array
+    observation: Observation, level: DampingState, gradient: Params, solution: Params
 ) -> Metrics:
-    """Metrics of a step with these norms of gradient and solution."""
+    """Metrics of a step: finite if its value, and the norms of gradient and solution, are."""
+    gradient_norm, length = _tree.norm(gradient), _tree.norm(solution)
+    finite = jnp.isfinite(observation.value) & jnp.isfinite(gradient_norm) & jnp.isfinite(length)
     return no_metrics()._replace(
         value=_f32(observation.value),
-        gradient_norm=_f32(gradient),
-        solution_norm=_f32(solution),
+        gradient_norm=_f32(gradient_norm),
+        solution_norm=_f32(length),
         damping_used=_f32(level.damping),
         radius_used=_f32(level.radius),
         finite=finite,

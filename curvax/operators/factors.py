@@ -12,7 +12,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from curvax._linalg import applied, applied_to, inverse, matmul, transposed
+from curvax._linalg import applied, applied_to, inverse, matmul, shifted, transposed
 
 # A symmetric matrix times the columns (axis 1) or the rows (axis 2) of another.
 _ALONG = {1: "snm,smp->snp", 2: "snm,spm->spn"}
@@ -135,7 +135,7 @@ class LowRankFactor(AbstractFactor):
         assert self.basis is not None
         matrices = matrices.astype(self.basis.dtype)
         tail = self.tail[:, None, None]
-        core = self.core - tail * jnp.eye(self.core.shape[-1], dtype=self.core.dtype)[None]
+        core = shifted(self.core, -self.tail)
         inside = applied("snk,snp->skp" if axis == 1 else "snk,spn->skp", self.basis, matrices)
         outside = "snk,skp->snp" if axis == 1 else "snk,skp->spn"
         return tail * matrices + applied(outside, self.basis, _product(core, inside))
@@ -228,9 +228,7 @@ def sandwich(
         bias = bias.astype(q.dtype)
         p, last = p[:, :-1], p[:, -1:]
     g, a = (tail[:, None, None] for tail in (output.tail, input.tail))
-    eye = lambda core: jnp.eye(core.shape[-1], dtype=core.dtype)[None]
-    inner_g = output.core - g * eye(output.core)
-    inner_a = input.core - a * eye(input.core)
+    inner_g, inner_a = (shifted(side.core, -side.tail) for side in (output, input))
     left, right = applied_to(v, (f"{seen},sok->ski", q), (f"{seen},sil->sol", p))
     both = _product(left, p)
     left_bias = None
@@ -255,15 +253,10 @@ def _product(a: Array, b: Array) -> Array:
 def inverses(factors: Sequence[AbstractFactor], shifts: Sequence[Array]) -> list[AbstractFactor]:
     """(F + shift·I)⁻¹ of each, of the same form; equal sizes together."""
     held = [factor.held() for factor in factors]
-    dense = [i for i, matrices in enumerate(held) if matrices is not None]
-    shifted = {i: _shifted(cast(Array, held[i]), shifts[i]) for i in dense}
-    inverted = dict(zip(dense, inverse(list(shifted.values())), strict=True))
+    dense = [i for i, each in enumerate(held) if each is not None]
+    matrices = [shifted(cast(Array, held[i]), shifts[i]) for i in dense]
+    inverted = dict(zip(dense, inverse(matrices), strict=True))
     return [
         factor.inverted(shift, inverted.get(i))
         for i, (factor, shift) in enumerate(zip(factors, shifts, strict=True))
     ]
-
-
-def _shifted(matrices: Array, shift: Array) -> Array:
-    eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
-    return matrices + shift[:, None, None].astype(matrices.dtype) * eye[None]

@@ -136,7 +136,8 @@ class Statistics:
     def _output(self, g: Array, basis: Array | None, lead: int) -> tuple[Array, ...]:
         every = self._every(self.arrangement.outputs, g.shape[:lead])
         rows = self._output_rows(g, lead, every)
-        moment = _moment(rows, None, self.output, basis)
+        sketched = basis is not None
+        moment = _sketch(rows, None, basis) if sketched else _moment(rows, None, self.output)
         return tuple(self._for_all(part, rows) for part in moment)
 
     def _input(
@@ -153,11 +154,10 @@ class Statistics:
             counts = counts.at[0, indices].add(ones, mode="drop", wrap_negative_indices=False)
             return counts, jnp.sum(counts, axis=-1)
         rows = self._input_rows(x, lead, self._every(self.input_size, x.shape[:lead]))
-        if self.input == "sketch" and self.sharing == "expand":
-            assert basis is not None
-            moment = self._sketch(rows, weights, basis)
+        if basis is not None:
+            moment = _sketch(rows, weights, basis, self.bias)
         else:
-            moment = _moment(self._with_one(rows), weights, self.input, basis)
+            moment = _moment(self._with_one(rows), weights, self.input)
         return tuple(self._for_all(part, rows) for part in moment)
 
     def _with_one(self, rows: Array) -> Array:
@@ -179,27 +179,6 @@ class Statistics:
         sketch, trace = whole._input(x, weights, beside, lead)
         sketch = jnp.moveaxis(sketch.reshape(-1, size, parts, columns), 2, 1)
         return sketch.reshape(stack, size, columns), jnp.repeat(trace, parts)
-
-    def _sketch(self, inputs: Array, weights: Array | None, basis: Array) -> tuple[Array, Array]:
-        """The sketch, without a copy of the rows for the coordinate 1."""
-        body, last = (basis[:, :-1], basis[:, -1:]) if self.bias else (basis, None)
-        low = body if inputs.dtype.itemsize >= body.dtype.itemsize else body.astype(inputs.dtype)
-        rows = product("sbpn,snk->sbpk", inputs, low)
-        if last is not None:
-            rows = rows + last[:, None].astype(rows.dtype)
-        if weights is None:
-            trace = jnp.sum(jnp.square(inputs.astype(accumulator(inputs))), axis=(1, 2, 3))
-            total = jnp.asarray(rows.shape[1] * rows.shape[2], trace.dtype)
-        else:
-            rows = rows * weights[None, :, None, None].astype(rows.dtype)
-            square = jnp.square(inputs.astype(rows.dtype))
-            trace = jnp.einsum("sbpn,b->s", square, weights.astype(rows.dtype))
-            total = jnp.sum(weights) * rows.shape[2]
-        sketch = product("sbpn,sbpk->snk", inputs, rows.astype(inputs.dtype))
-        if last is not None:
-            sketch = jnp.concatenate([sketch, jnp.sum(rows, axis=(1, 2))[:, None]], axis=1)
-            trace = trace + total.astype(trace.dtype)
-        return sketch, trace
 
     def _rotated(self, g: Array, x: Array, bases: tuple[Array, ...], lead: int) -> Array:
         # The same positions of both sides.
@@ -224,9 +203,8 @@ class Statistics:
         return self._for_all(product("sbpm,sbpn->smn", squares, jnp.square(inputs)), rows)
 
 
-def _moment(
-    rows: Array, weights: Array | None, kind: Kind, basis: Array | None
-) -> tuple[Array, Array]:
+def _moment(rows: Array, weights: Array | None, kind: Kind) -> tuple[Array, Array]:
+    """The full or the diagonal moment of rows, and its trace."""
     weighted = rows
     if weights is not None:
         weighted = rows * weights[None, :, None, None].astype(rows.dtype)
@@ -235,10 +213,28 @@ def _moment(
         return moment, jnp.trace(moment, axis1=1, axis2=2)
     dtype = accumulator(rows)
     diagonal = jnp.sum(weighted.astype(dtype) * rows.astype(dtype), axis=(1, 2))
-    trace = jnp.sum(diagonal, axis=-1)
-    if kind == "diagonal":
-        return diagonal, trace
-    assert basis is not None
-    low = basis.astype(rows.dtype) if rows.dtype.itemsize < basis.dtype.itemsize else basis
-    projected = product("sbpn,snk->sbpk", weighted, low)
-    return product("sbpn,sbpk->snk", rows, projected.astype(rows.dtype)), trace
+    return diagonal, jnp.sum(diagonal, axis=-1)
+
+
+def _sketch(
+    inputs: Array, weights: Array | None, basis: Array, bias: bool = False
+) -> tuple[Array, Array]:
+    """The sketch and the trace, without a copy of the rows for the coordinate 1 of a bias."""
+    body, last = (basis[:, :-1], basis[:, -1:]) if bias else (basis, None)
+    low = body if inputs.dtype.itemsize >= body.dtype.itemsize else body.astype(inputs.dtype)
+    rows = product("sbpn,snk->sbpk", inputs, low)
+    if last is not None:
+        rows = rows + last[:, None].astype(rows.dtype)
+    if weights is None:
+        trace = jnp.sum(jnp.square(inputs.astype(accumulator(inputs))), axis=(1, 2, 3))
+        total = jnp.asarray(rows.shape[1] * rows.shape[2], trace.dtype)
+    else:
+        rows = rows * weights[None, :, None, None].astype(rows.dtype)
+        square = jnp.square(inputs.astype(rows.dtype))
+        trace = product("sbpn,b->s", square, weights.astype(rows.dtype))
+        total = jnp.sum(weights) * rows.shape[2]
+    sketch = product("sbpn,sbpk->snk", inputs, rows.astype(inputs.dtype))
+    if last is not None:
+        sketch = jnp.concatenate([sketch, jnp.sum(rows, axis=(1, 2))[:, None]], axis=1)
+        trace = trace + total.astype(trace.dtype)
+    return sketch, trace
