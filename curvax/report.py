@@ -11,7 +11,8 @@ from curvax.factored import DiagonalMemory, EigenMemory, KroneckerMemory
 from curvax.operators.factors import AbstractFactor, DenseFactor, LowRankFactor
 from curvax.refresh import FactorMemory
 from curvax.taps import blocks
-from curvax.taps.blocks import BlockRank, Form
+from curvax.taps.blocks import Form
+from curvax.taps.wishes import BlockRank
 from curvax.transform import method_states
 
 

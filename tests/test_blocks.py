@@ -13,7 +13,7 @@ import pytest
 
 import curvax as cx
 from curvax.plan.moments import Recipe
-from curvax.taps.blocks import SHARE
+from curvax.taps.wishes import SHARE
 from tests import oracles, zoo
 
 

@@ -10,9 +10,9 @@ from curvax.factored import KroneckerPreconditioner
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
 from curvax.scalings import RMS, AbstractScaling
-from curvax.taps.blocks import Ranks, StateBudget
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Sharing
+from curvax.taps.wishes import Ranks, StateBudget
 from curvax.transform import Method
 
 

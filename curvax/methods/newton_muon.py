@@ -10,7 +10,7 @@ from curvax.factored import KroneckerPreconditioner
 from curvax.objective import Objective
 from curvax.plan.moments import Recipe
 from curvax.scalings import AbstractScaling, Orthogonalised
-from curvax.taps.blocks import Ranks, StateBudget
+from curvax.taps.wishes import Ranks, StateBudget
 from curvax.transform import Method
 
 

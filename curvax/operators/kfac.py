@@ -23,9 +23,10 @@ from curvax.operators.kronecker import (
 )
 from curvax.plan.moments import BlockMoments, Recipe, moments_of
 from curvax.refresh import FactorMemory, first_factor, refresh
-from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock, Ranks
+from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Moment, Sharing
+from curvax.taps.wishes import Ranks
 
 
 class AbstractBlockOperator(AbstractSymmetricOperator):

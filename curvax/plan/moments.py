@@ -8,18 +8,10 @@ from jaxtyping import PRNGKeyArray
 
 from curvax.objective import Batch, Objective, Params, is_masked
 from curvax.plan.quantities import AbstractQuantity, Scope
-from curvax.taps.blocks import (
-    Block,
-    KroneckerBlock,
-    Parts,
-    Rank,
-    as_parts,
-    as_rank,
-    find_blocks,
-    input_side,
-)
+from curvax.taps.blocks import Block, KroneckerBlock, find_blocks, input_side
 from curvax.taps.moments import FisherKind, Moments, collect_moments, tapped_pass
 from curvax.taps.statistics import Sharing
+from curvax.taps.wishes import Parts, Rank, as_parts, as_rank
 
 
 @dataclasses.dataclass(frozen=True)

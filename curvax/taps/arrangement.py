@@ -30,6 +30,11 @@ class AbstractArrangement(abc.ABC):
     outputs: int
     positions: int
 
+
+@dataclasses.dataclass(frozen=True)
+class AbstractProduct(AbstractArrangement):
+    """A use in a product, which has two sides."""
+
     @abc.abstractmethod
     def input_rows(self, x: Array, lead: int, every: int = 1) -> Rows:
         """x, so that the weight's gradient is a product of these rows and the output's; of the
@@ -41,7 +46,7 @@ class AbstractArrangement(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense(AbstractArrangement):
+class Dense(AbstractProduct):
     """A contraction: x axes (stack, position, in), output axes (stack, position, out)."""
 
     x_axes: tuple[Axes, Axes, Axes]
@@ -55,7 +60,7 @@ class Dense(AbstractArrangement):
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution(AbstractArrangement):
+class Convolution(AbstractProduct):
     """A convolution in any number of dimensions; a position is one place of its output."""
 
     numbers: lax.ConvDimensionNumbers
@@ -110,7 +115,7 @@ class Convolution(AbstractArrangement):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lookup(AbstractArrangement):
+class Lookup(AbstractProduct):
     """Rows of a table, picked by index: a dense layer with one-hot inputs, which are not formed.
 
     x holds the indices, in one of its `columns`; `inputs` is the length of the table. Indices out
@@ -136,16 +141,16 @@ class Lookup(AbstractArrangement):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fused(AbstractArrangement):
+class Fused(AbstractProduct):
     """A product whose outputs are several `parts`, each of which is a matrix of its own. All have
     the inputs of the `whole`.
     """
 
-    whole: AbstractArrangement
+    whole: AbstractProduct
     parts: int
 
     @staticmethod
-    def of(whole: AbstractArrangement, parts: int) -> "Fused":
+    def of(whole: AbstractProduct, parts: int) -> "Fused":
         stack, outputs = whole.stack * parts, whole.outputs // parts
         return Fused(stack, whole.inputs, outputs, whole.positions, whole, parts)
 
@@ -167,12 +172,6 @@ class Elementwise(AbstractArrangement):
     view: View
     scale: bool
 
-    def input_rows(self, x: Array, lead: int, every: int = 1) -> Rows:
-        raise NotImplementedError("An elementwise use has no input side.")
-
-    def output_rows(self, g: Array, lead: int, every: int = 1) -> Rows:
-        raise NotImplementedError("An elementwise use has no output side.")
-
     def gradients(self, x: Array, g: Array, lead: int) -> Array:
         """The gradient of each example, (batch, *leaf), without loop axes."""
         dtype = accumulator(g)
@@ -184,6 +183,9 @@ class Elementwise(AbstractArrangement):
         h = h.reshape(-1, *h.shape[lead:])
         base = jax.ShapeDtypeStruct(self.view.base, dtype)
         return jax.vmap(lambda one: self.view.inside.transposed(one, base))(h)
+
+
+Arrangement = AbstractProduct | Elementwise
 
 
 def product(equation: str, *operands: Array) -> Array:

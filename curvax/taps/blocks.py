@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,11 @@ import numpy as np
 
 from curvax import _tree
 from curvax.objective import Objective, Params
-from curvax.taps.arrangement import Elementwise, Fused, Lookup
-from curvax.taps.by_path import ByPath
+from curvax.taps.arrangement import AbstractProduct, Elementwise, Fused, Lookup
 from curvax.taps.find import Found, Unknown, Use, find_uses, on_host
 from curvax.taps.layout import View
 from curvax.taps.statistics import Kind, Sharing, Statistics
+from curvax.taps.wishes import ByPath, Parts, Rank, StateBudget, Wishes, as_parts, as_rank
 
 # Sides longer than this (a vocabulary) have a diagonal factor.
 LONGEST = 8192
@@ -23,8 +22,6 @@ LONGEST = 8192
 WHOLE = 32
 # Ranks given as a share are rounded down to whole tiles of matrix units.
 TILE = 16
-# The default of the methods, and of leaves that a mapping of ranks leaves out.
-SHARE = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +105,10 @@ class KroneckerBlock:
         input, output = self.input, self.output
         if self.swapped[index]:
             input, output = output, input
+        arrangement = self.uses[index].arrangement
+        assert isinstance(arrangement, AbstractProduct)
         return Statistics(
-            self.uses[index].arrangement,
+            arrangement,
             input.kind,
             output.kind,
             input.rank,
@@ -159,85 +158,6 @@ def input_side(block: Block) -> Block:
     return dataclasses.replace(block, uses=uses, swapped=(False,) * len(uses), output=output)
 
 
-@dataclasses.dataclass(frozen=True)
-class StateBudget:
-    """The largest rank for which factors and one momentum fit into `of_adam` times Adam's state."""
-
-    of_adam: float
-
-    @staticmethod
-    def parse(text: str) -> "StateBudget":
-        """From a text such as "0.75x adam". **Raises** `ValueError` for any other."""
-        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*[x×]\s*adam\s*", text, re.IGNORECASE)
-        if match is None or float(match[1]) == 0:
-            raise ValueError(
-                f"state_budget: got {text!r}, wanted a multiple of Adam's, such as '1.0x adam'."
-            )
-        return StateBudget(float(match[1]))
-
-
-# Of a factor: a share of its size, a number of columns, or None for a full matrix.
-SideRank = float | int | None
-# Of a block: of both its factors, or of the input's and of the output's.
-BlockRank = SideRank | tuple[SideRank, SideRank]
-Ranks = BlockRank | Mapping[str, BlockRank]
-Rank = Ranks | ByPath | StateBudget
-
-
-def as_rank(rank: Rank) -> BlockRank | ByPath | StateBudget:
-    """A rank as a hashable value. **Raises** `ValueError` for one out of range."""
-    if isinstance(rank, Mapping):
-        rank = ByPath.of("rank", rank)
-    if isinstance(rank, StateBudget):
-        return rank
-    wanted = dict(rank.items) if isinstance(rank, ByPath) else {"": rank}
-    for part, each in wanted.items():
-        for side in each if isinstance(each, tuple) else (each,):
-            share = isinstance(side, float) and not 0 < side <= 1
-            if share or (isinstance(side, int) and side < 1):
-                where = f" for {part!r}" if isinstance(rank, ByPath) else ""
-                raise ValueError(
-                    f"rank: got {side}{where}, wanted a share in (0, 1], a number of columns ≥ 1, "
-                    "or None for full factors."
-                )
-    return rank
-
-
-# Parts that the outputs of a weight consist of, by a part of its path.
-Parts = Mapping[str, int] | ByPath | None
-
-
-def as_parts(parts: Parts) -> ByPath:
-    """Parts as a hashable value. **Raises** `ValueError` for a number of parts below 1."""
-    parts = parts if isinstance(parts, ByPath) else ByPath.of("fused", parts or {})
-    for part, count in parts.items:
-        if count < 1:
-            raise ValueError(f"fused: got {count} for {part!r}, wanted a number of parts ≥ 1.")
-    return parts
-
-
-@dataclasses.dataclass(frozen=True)
-class _Wishes:
-    """What was asked for, leaf by leaf."""
-
-    rank: Any
-    diagonal: tuple[str, ...]
-    fused: ByPath
-    absent: frozenset[str]
-
-    def ranks(self, path: str) -> tuple[Any, Any]:
-        """Of the input and of the output factor."""
-        rank = self.rank.get(path, SHARE) if isinstance(self.rank, ByPath) else self.rank
-        return rank if isinstance(rank, tuple) else (rank, rank)
-
-    def asks_diagonal(self, path: str) -> bool:
-        return any(part in path for part in self.diagonal)
-
-    def frees(self, bias: str) -> bool:
-        """Whether a bias is to be no part of a weight's block."""
-        return bias in self.absent or self.asks_diagonal(bias)
-
-
 def find_blocks(
     objective: Objective,
     params: Params,
@@ -257,7 +177,7 @@ def find_blocks(
     **Raises** `ValueError` for a rank out of range, for a path that no leaf has, for outputs that
     are no such parts, and for a model that cannot be applied to an example.
     """
-    wishes = _Wishes(as_rank(rank), diagonal, as_parts(fused), absent)
+    wishes = Wishes(as_rank(rank), diagonal, as_parts(fused), absent)
     first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     leaves, treedef = jax.tree.flatten(params)
     one = jax.tree.map(first, x)
@@ -308,9 +228,7 @@ def _affordable(make: Any, leaves: dict[int, Any], budget: StateBudget) -> tuple
     return make(low / 64)
 
 
-def _blocks(
-    found: Found, paths: list[str], leaves: list[Any], wishes: _Wishes
-) -> tuple[Block, ...]:
+def _blocks(found: Found, paths: list[str], leaves: list[Any], wishes: Wishes) -> tuple[Block, ...]:
     by_leaf: dict[int, list[Use | Unknown]] = {i: [] for i in range(len(paths))}
     for use in found:
         by_leaf[use.leaf if isinstance(use, Unknown) else use.view.leaf].append(use)
@@ -344,7 +262,7 @@ def _blocks(
 
 
 def _kronecker(
-    leaf: int, path: str, struct: Any, uses: list[Use | Unknown], wishes: _Wishes
+    leaf: int, path: str, struct: Any, uses: list[Use | Unknown], wishes: Wishes
 ) -> list[KroneckerBlock] | None:
     """The blocks of a leaf that is only used in products, if they fit together."""
     products = [
@@ -379,6 +297,7 @@ def _in_parts(use: Use, path: str, parts: int) -> Use:
     whole = use.arrangement
     if parts == 1:
         return use
+    assert isinstance(whole, AbstractProduct)
     if isinstance(whole, Lookup):
         raise ValueError(f"fused: got {parts} parts for {path}, wanted a weight, not an embedding.")
     if whole.outputs % parts:
@@ -395,7 +314,7 @@ def _in_parts(use: Use, path: str, parts: int) -> Use:
 
 
 def _block(
-    leaf: int, path: str, uses: list[Use], swapped: tuple[bool, ...], wishes: _Wishes
+    leaf: int, path: str, uses: list[Use], swapped: tuple[bool, ...], wishes: Wishes
 ) -> KroneckerBlock:
     frame = uses[swapped.index(False)]
     bias_views = {use.bias for use in uses}

@@ -15,7 +15,7 @@ import numpy as np
 from jax.lax import GatherScatterMode
 
 from curvax._jaxpr import is_literal, scan_sizes, sub_jaxprs
-from curvax.taps.arrangement import AbstractArrangement, Convolution, Dense, Elementwise, Lookup
+from curvax.taps.arrangement import Arrangement, Convolution, Dense, Elementwise, Lookup
 from curvax.taps.layout import View, follow
 
 # An equation's place: its index, the number of the jaxpr inside it, the index there, …
@@ -48,7 +48,7 @@ class Use:
 
     kind: str
     view: View
-    arrangement: AbstractArrangement
+    arrangement: Arrangement
     path: Path
     loops: tuple[Loop, ...]
     x: int
@@ -525,7 +525,7 @@ def on_host(view: View, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _on_host_rows(arrangement: AbstractArrangement, y: np.ndarray) -> np.ndarray:
+def _on_host_rows(arrangement: Arrangement, y: np.ndarray) -> np.ndarray:
     """The output of a product as (stack, position, out), as `output_rows` has it."""
     if isinstance(arrangement, Convolution):
         batch, feature, *spatial = arrangement.numbers.out_spec

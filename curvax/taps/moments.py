@@ -16,11 +16,11 @@ from curvax._convolution import loop_safe
 from curvax.objective import Batch, Linearisation, Objective, Params, share, weigh
 from curvax.operators.curvature import GaussNewton
 from curvax.operators.metric import ScoreMetric, sampling_key
-from curvax.taps.arrangement import Lookup
+from curvax.taps.arrangement import Elementwise, Lookup
 from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock
 from curvax.taps.find import Use
 from curvax.taps.run import Tapped
-from curvax.taps.statistics import Moment, Sharing, Statistics
+from curvax.taps.statistics import Moment, Sharing, Squares, Statistics
 
 FisherKind = Literal["exact", "mc", "empirical", "forward_only"]
 
@@ -136,9 +136,11 @@ def linearise_tapped(
 
 def _rule(
     block: Block, index: int, bases: Mapping[str, Any], sharing: Sharing, weighted: bool
-) -> tuple[Statistics, tuple[Array, ...]]:
+) -> tuple[Statistics | Squares, tuple[Array, ...]]:
     if isinstance(block, DiagonalBlock):
-        return Statistics(block.uses[index].arrangement), ()
+        arrangement = block.uses[index].arrangement
+        assert isinstance(arrangement, Elementwise)
+        return Squares(arrangement), ()
     input, output, *eigenbases = bases.get(block.path, (None, None))
     rule = block.statistics(index, sharing, weighted)
     if eigenbases:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from curvax import _tree
 from curvax.objective import Batch, Example, Objective, Params, share, weigh
-from curvax.taps.arrangement import AbstractArrangement, Elementwise, Lookup, accumulator, product
+from curvax.taps.arrangement import Arrangement, Elementwise, Lookup, accumulator, product
 from curvax.taps.blocks import Block, DiagonalBlock, find_blocks
 from curvax.taps.moments import linearise_tapped
 
@@ -28,7 +28,7 @@ from curvax.taps.moments import linearise_tapped
 class SquaredNorms:
     """The rule of a tap: ‖∇ᵢ‖² of each example i of a batch, at a use of a weight and its bias."""
 
-    arrangement: AbstractArrangement
+    arrangement: Arrangement
     batch: int
     bias: bool
     dtype: Any

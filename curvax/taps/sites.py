@@ -10,7 +10,8 @@ from jaxtyping import PyTree
 from curvax import _tree
 from curvax._tables import table
 from curvax.objective import Batch, Objective
-from curvax.taps.blocks import Block, DiagonalBlock, Form, Ranks, find_blocks
+from curvax.taps.blocks import Block, DiagonalBlock, Form, find_blocks
+from curvax.taps.wishes import Ranks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from curvax.taps.arrangement import (
-    AbstractArrangement,
+    AbstractProduct,
     Elementwise,
     Fused,
     Lookup,
@@ -43,9 +43,25 @@ class Moment(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Squares:
+    """The rule of a tap at an elementwise use: the sum of the squared gradients of examples."""
+
+    arrangement: Elementwise
+    dtype: Any = jnp.float32
+
+    def probes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The shapes of what a call returns."""
+        return (jax.ShapeDtypeStruct(self.arrangement.view.base, self.dtype),)
+
+    def __call__(self, g: Array, x: Array, weight: Array, *, lead: int) -> tuple[Array, ...]:
+        del weight  # g carries it
+        gradients = self.arrangement.gradients(x, g, lead)
+        return (jnp.sum(jnp.square(gradients), axis=0).astype(self.dtype),)
+
+
+@dataclasses.dataclass(frozen=True)
 class Statistics:
-    """The rule of a tap: which moments of which side, or for an elementwise use the squared
-    gradients of examples.
+    """The rule of a tap at a product: which moments of which side.
 
     `basis` columns of a sketch; `bias` whether the inputs have a homogeneous coordinate;
     `weighted` whether examples have weights, which count on the input side (g carries its own);
@@ -54,7 +70,7 @@ class Statistics:
     more, evenly spaced, and scaled to stand for all.
     """
 
-    arrangement: AbstractArrangement
+    arrangement: AbstractProduct
     input: Kind = "none"
     output: Kind = "none"
     input_rank: int = 0
@@ -74,8 +90,6 @@ class Statistics:
         """The shapes of what a call returns."""
         zeros = lambda *shape: jax.ShapeDtypeStruct(shape, self.dtype)
         stack, outputs = self.arrangement.stack, self.arrangement.outputs
-        if isinstance(self.arrangement, Elementwise):
-            return (zeros(*self.arrangement.view.base),)
         if self.rotated:
             return (zeros(stack, outputs, self.input_size),)
         shapes: tuple[jax.ShapeDtypeStruct, ...] = ()
@@ -91,10 +105,7 @@ class Statistics:
         self, g: Array, x: Array, weight: Array, *bases: Array, lead: int
     ) -> tuple[Array, ...]:
         weights = weight.reshape(-1) if self.weighted else None
-        if isinstance(self.arrangement, Elementwise):
-            gradients = self.arrangement.gradients(x, g, lead)
-            statistics = (jnp.sum(jnp.square(gradients), axis=0),)
-        elif self.rotated:
+        if self.rotated:
             statistics = (self._rotated(g, x, bases, lead),)
         else:
             remaining = list(bases)
