@@ -133,6 +133,12 @@ def inverse(stacks: Sequence[Array]) -> list[Array]:
     return [matmul(transposed(half), half) for _, half in cholesky(stacks)]
 
 
+def eigh(stack: Array) -> tuple[Array, Array]:
+    """Eigenvalues, smallest first, and eigenvectors of each symmetric matrix."""
+    function = lambda stack: tuple(jnp.linalg.eigh(stack))
+    return jax.lax.platform_dependent(stack, cpu=_one_by_one(function), default=function)
+
+
 def joined(stacks: Sequence[Array]) -> Array:
     """The stacks one behind the other."""
     return stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)

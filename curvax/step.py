@@ -85,13 +85,31 @@ class Step:
             return self.pure(model, state, batch, key, curvature_batch=curvature_batch)
         self._check(model, batch, key)
         count = self._host_count(state.count)
-        phase = self._phase(count)
         arrays, static = _split(model)
         arrays, state, info = self._compiled(
-            arrays, state, batch, key, curvature_batch, static, phase
+            arrays, state, batch, key, curvature_batch, static, self._phase(count)
         )
         self._last = (state.count, count + 1)
         return _merge(arrays, static), state, info
+
+    def lower(
+        self,
+        model: PyTree[Any],
+        state: StepState,
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        *,
+        count: int,
+        curvature_batch: Batch | None = None,
+    ) -> jax.stages.Lowered:
+        """The step number `count`, lowered as `jax.jit(...).lower` does; nothing is run.
+
+        `.compile()` compiles it ahead of time, for calls too, and its `memory_analysis()` tells
+        what the step takes. Arrays may be `jax.ShapeDtypeStruct`s.
+        """
+        arrays, static = _split(model)
+        phase = self._phase(count)
+        return self._compiled.lower(arrays, state, batch, key, curvature_batch, static, phase)
 
     def _run(
         self,

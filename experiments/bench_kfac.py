@@ -1,7 +1,7 @@
 """Steps of K-FAC in steps of Adam, on the same model, batch and device, interleaved.
 
     python -m experiments.bench_kfac --sections cpu
-    python -m experiments.bench_kfac --sections gpt2 resnet50 --attention cudnn
+    python -m experiments.bench_kfac --sections gpt2-8 gpt2-32 resnet50 --attention cudnn
 
 What is due differs from step to step of a refresh cycle. So each round takes two cycles of K-FAC
 and as many Adam steps. One cycle is timed as training runs it, without waiting for the device
@@ -39,7 +39,7 @@ CYCLE = 10
 # fewer factors are factorised together.
 STAGGER = {"gpt2": 1, "resnet": 1}
 MIB = 2**20
-SECTIONS = ("cpu", "gpt2", "resnet50")
+SECTIONS = ("cpu", "gpt2-8", "gpt2-32", "gpt2-8-full", "resnet50", "resnet50-full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +97,9 @@ class Training:
         jax.block_until_ready((self.params, self.state))
         return time.perf_counter() - start
 
-    def memory(self, jitted: Any) -> tuple[float, float]:
+    def memory(self, lowered: jax.stages.Lowered) -> tuple[float, float]:
         """MiB of temporaries, and of all that is alive in a step; NaN where unknown."""
-        compiled = jitted.lower(self.params, self.state, *self.rest).compile()
-        seen = compiled.memory_analysis()
+        seen = lowered.compile().memory_analysis()
         if seen is None:
             return float("nan"), float("nan")
         temporary = seen.temp_size_in_bytes
@@ -142,8 +141,8 @@ class Kfac(Cycle):
         return int(self.state.skipped)
 
     def memory_at(self, phase: int) -> tuple[float, float]:
-        pure = functools.partial(self.fused.pure, phase=self.phases[phase])
-        return self.memory(jax.jit(pure, donate_argnums=(0, 1)))
+        later = CYCLE + phase  # as in the steady state
+        return self.memory(self.fused.lower(self.params, self.state, *self.rest, count=later))
 
 
 class Adam(Training):
@@ -164,9 +163,7 @@ class Adam(Training):
         self.warm_up = [self() for _ in range(3)]
 
 
-def measure(
-    kfacs: Sequence[Cycle], adam: Adam, seconds: float, least: int, memory: bool
-) -> list[Row]:
+def measure(kfacs: Sequence[Cycle], adam: Adam, seconds: float, least: int) -> list[Row]:
     """A cycle of each K-FAC and as many steps of Adam in turn, for about `seconds`, `least` rounds
     at least.
     """
@@ -186,7 +183,7 @@ def measure(
     base = Timing("adam", tuple(adams), adam.warm_up[0])
     *mine, adams_cycle = (statistics.median(each) for each in zip(*cycles, strict=True))
     return [
-        _row(kfac, adam, base, warm_up, phases, (own, adams_cycle), memory)
+        _row(kfac, adam, base, warm_up, phases, (own, adams_cycle))
         for kfac, warm_up, phases, own in zip(kfacs, warm_ups, rounds, mine, strict=True)
     ]
 
@@ -198,7 +195,6 @@ def _row(
     warm_up: list[float],
     phases: list[list[float]],
     cycles: tuple[float, float],
-    memory: bool,
 ) -> Row:
     period = len(kfac.phases)
     steady = [Timing(f"phase {i}", tuple(taken), warm_up[i]) for i, taken in enumerate(phases)]
@@ -228,9 +224,9 @@ def _row(
         "state / Adam": _tree.nbytes(kfac.optimizer_state) / _tree.nbytes(adam.state),
         "skipped": kfac.skipped,
     }
-    if memory and isinstance(kfac, Kfac):
+    if isinstance(kfac, Kfac):
         most, least_due = kfac.memory_at(refresh), kfac.memory_at(lazy)
-        plain = adam.memory(adam.step)
+        plain = adam.memory(adam.step.lower(adam.params, adam.state, *adam.rest))
         row |= {
             "temp MiB, refresh": most[0],
             "temp MiB, lazy": least_due[0],
@@ -250,7 +246,7 @@ def section(cases: list[tuple[Model, int, tuple[Variant, ...]]], args: Any) -> l
             row: Row = {"model": model.name, "batch": size, "method": variant.name}
             try:
                 kfac = Kfac(model, batch, variant)
-                row |= measure([kfac], adam, args.seconds, args.least, not args.no_memory)[0]
+                row |= measure([kfac], adam, args.seconds, args.least)[0]
             except jax.errors.JaxRuntimeError as error:  # out of memory: the other rows still count
                 row["error"] = str(error).splitlines()[0][:200]
             rows.append(row)
@@ -270,22 +266,21 @@ def from_workload(workload: workloads.Workload) -> Model:
 
 def cases_of(name: str, args: Any) -> list[tuple[Model, int, tuple[Variant, ...]]]:
     """The models, batch sizes and variants of a section; tiny ones for `--smoke`."""
-    every = (LOW_RANK,) if args.only_low_rank else (LOW_RANK, FULL, EKFAC)
+    every = (LOW_RANK, FULL, EKFAC)
     if name == "cpu":
         sizes = (8, 8) if args.smoke else (256, 64)
         widths = (16, 32, 32, 10) if args.smoke else (64, 256, 256, 10)
         small = workloads.mlp(widths, sizes[0]), workloads.convnet(sizes[1])
         return [(from_workload(w), size, every) for w, size in zip(small, sizes, strict=True)]
-    if name == "gpt2":
-        remat = {"none": False, "full": True, "dots": "dots"}[args.remat]
-        if args.smoke:
-            tiny = gpt2(2, 32, 2, 64, 16, remat=remat, attention=args.attention)
-            return [(tiny, 2, every), (tiny, 4, (LOW_RANK,))]
-        model = gpt2(remat=remat, attention=args.attention)
-        return [(model, 8, (LOW_RANK,)), (model, 32, (LOW_RANK,)), (model, 8, every[1:])]
-    if args.smoke:
-        return [(resnet50(32, 10, stages=(1, 1), widths=(8, 16)), 4, (LOW_RANK,))]
-    return [(resnet50(), 256, (LOW_RANK,))]
+    variants = (FULL, EKFAC) if name.endswith("full") else (LOW_RANK,)
+    if name.startswith("resnet50"):
+        tiny = functools.partial(resnet50, 32, 10, stages=(1, 1), widths=(8, 16))
+        return [(tiny(), 4, variants) if args.smoke else (resnet50(), 256, variants)]
+    remat = {"none": False, "full": True, "dots": "dots"}[args.remat]
+    shape = (2, 32, 2, 64, 16) if args.smoke else ()
+    size = int(name.split("-")[1])
+    model = gpt2(*shape, remat=remat, attention=args.attention)
+    return [(model, size // 4 if args.smoke else size, variants)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,8 +292,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny models, few rounds")
     parser.add_argument("--seconds", type=float, default=20.0, help="per row (default: 20)")
     parser.add_argument("--least", type=int, default=5, help="rounds at least (default: 5)")
-    parser.add_argument("--only-low-rank", action="store_true", help="no full rank, no EKFAC")
-    parser.add_argument("--no-memory", action="store_true", help="spares three compilations a row")
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="full")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
     parser.add_argument("--out", type=Path, default=Path("results/bench_kfac.json"))

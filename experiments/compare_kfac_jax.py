@@ -300,9 +300,7 @@ def speed(kfac_jax: Any, seconds: float, least: int, smoke: bool) -> list[Row]:
             "curvax, full rank": Kfac(model, case.batch, FULL),
             "curvax, rank 0.15": Kfac(model, case.batch, LOW_RANK),
         }
-        measured = measure(
-            list(kfacs.values()), Adam(model, case.batch), seconds, least, memory=False
-        )
+        measured = measure(list(kfacs.values()), Adam(model, case.batch), seconds, least)
         # Own work included. Well above the number of cores ratios count, not times.
         load = {"load": round(os.getloadavg()[0], 1)}
         about: Row = {"model": workload.name, "batch": len(workload.x)}

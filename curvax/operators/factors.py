@@ -12,7 +12,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from curvax._linalg import applied, applied_to, inverse, matmul, shifted, transposed
+from curvax._linalg import applied, applied_to, eigh, inverse, matmul, shifted, transposed
 
 # A symmetric matrix times the columns (axis 1) or the rows (axis 2) of another.
 _ALONG = {1: "snm,smp->snp", 2: "snm,spm->spn"}
@@ -115,7 +115,7 @@ class DenseFactor(AbstractFactor):
         return DenseFactor(inverse)
 
     def spectrum(self) -> Spectrum:
-        values, vectors = jnp.linalg.eigh(self.values)
+        values, vectors = eigh(self.values)
         return Spectrum(vectors, jnp.maximum(values, 0), jnp.zeros_like(values[:, 0]))
 
 
@@ -153,7 +153,7 @@ class LowRankFactor(AbstractFactor):
 
     def spectrum(self) -> Spectrum:
         assert self.basis is not None
-        values, vectors = jnp.linalg.eigh(self.core)
+        values, vectors = eigh(self.core)
         return Spectrum(matmul(self.basis, vectors), jnp.maximum(values, 0), self.tail)
 
     def slim(self) -> "LowRankFactor":
