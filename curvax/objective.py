@@ -455,7 +455,10 @@ class Objective(eqx.Module):
         # Weighed before they are rounded to the outputs' dtype: once, and with autodiff's kernels.
         wide = outputs.astype(_tree.accumulation_dtype(outputs.dtype))
         scores = weigh(linearisation.coefficients, self.loss.gradient(wide, linearisation.targets))
-        return scores.astype(outputs.dtype)
+        if scores.dtype == outputs.dtype:
+            return scores
+        # Else XLA keeps the wide scores beside the rounded ones, for statistics of them.
+        return jax.lax.optimization_barrier(scores.astype(outputs.dtype))
 
     def add_l2(self, product: Params, vector: Params) -> Params:
         """Adds the l2 term's share, l2·v, to a product."""

@@ -256,8 +256,9 @@ def make_step(
 def _split(model: PyTree[Any]) -> tuple[list[Any], _Static]:
     """The arrays of a model, and the rest of it as a hashable argument."""
     leaves, treedef = jax.tree.flatten(model)
-    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
-    return arrays, (treedef, tuple(None if is_array(leaf) else leaf for leaf in leaves))
+    traced = lambda leaf: is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    arrays = [leaf if traced(leaf) else None for leaf in leaves]
+    return arrays, (treedef, tuple(None if traced(leaf) else leaf for leaf in leaves))
 
 
 def _merge(arrays: list[Any], static: _Static) -> PyTree[Any]:

@@ -161,13 +161,21 @@ class Adam(Training):
         params = jax.jit(model.init)(jax.random.key(0))
         super().__init__(step, params, optimizer.init(params), (batch,))
         self.warm_up = [self() for _ in range(3)]
+        progress(f"{model.name}: Adam's first step took {self.warm_up[0]:.0f} s")
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def measure(kfacs: Sequence[Cycle], adam: Adam, seconds: float, least: int) -> list[Row]:
     """A cycle of each K-FAC and as many steps of Adam in turn, for about `seconds`, `least` rounds
     at least.
     """
-    warm_ups = [[kfac() for _ in range(2 * len(kfac.phases))] for kfac in kfacs]
+    warm_ups = []
+    for kfac in kfacs:
+        warm_ups.append([kfac() for _ in range(2 * len(kfac.phases))])
+        progress(f"K-FAC's first two cycles took {sum(warm_ups[-1]):.0f} s")
     rounds: list[list[list[float]]] = [[[] for _ in kfac.phases] for kfac in kfacs]
     adams: list[float] = []
     cycles: list[tuple[float, ...]] = []

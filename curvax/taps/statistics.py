@@ -223,7 +223,8 @@ def _moment(rows: Array, weights: Array | None, kind: Kind) -> tuple[Array, Arra
         moment = product("sbpi,sbpj->sij", weighted, rows)
         return moment, jnp.trace(moment, axis1=1, axis2=2)
     dtype = accumulator(rows)
-    diagonal = jnp.sum(weighted.astype(dtype) * rows.astype(dtype), axis=(1, 2))
+    # Else XLA merges the two sums, and reads the rows once more for the second.
+    diagonal = _by_itself(jnp.sum(weighted.astype(dtype) * rows.astype(dtype), axis=(1, 2)))
     return diagonal, jnp.sum(diagonal, axis=-1)
 
 
@@ -246,6 +247,13 @@ def _sketch(
         total = jnp.sum(weights) * rows.shape[2]
     sketch = product("sbpn,sbpk->snk", inputs, rows.astype(inputs.dtype))
     if last is not None:
-        sketch = jnp.concatenate([sketch, jnp.sum(rows, axis=(1, 2))[:, None]], axis=1)
+        # Else XLA adds up the rows inside of the concatenation, one thread a column.
+        sums = _by_itself(jnp.sum(rows, axis=(1, 2)))
+        sketch = jnp.concatenate([sketch, sums[:, None]], axis=1)
         trace = trace + total.astype(trace.dtype)
     return sketch, trace
+
+
+def _by_itself(sums: Array) -> Array:
+    """Computed before, and apart from, what is made of it."""
+    return jax.lax.optimization_barrier(sums)
