@@ -125,7 +125,7 @@ class Statistics:
         if self.rows is None or self.sharing == "reduce":
             return 1
         enough = max(self.rows * size, FEWEST_ROWS)
-        return max(math.prod(batch) * self.arrangement.positions // enough, 1)
+        return max(round(math.prod(batch) * self.arrangement.positions / enough), 1)
 
     def _for_all(self, array: Array, rows: Array) -> Array:
         """What was summed over some positions, as if it were over all."""
