@@ -133,10 +133,21 @@ def inverse(stacks: Sequence[Array]) -> list[Array]:
     return [matmul(transposed(half), half) for _, half in cholesky(stacks)]
 
 
-def eigh(stack: Array) -> tuple[Array, Array]:
-    """Eigenvalues, smallest first, and eigenvectors of each symmetric matrix."""
+def eigh(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
+    """Eigenvalues, smallest first, and eigenvectors of symmetric matrices; equal sizes together."""
     function = lambda stack: tuple(jnp.linalg.eigh(stack))
-    return jax.lax.platform_dependent(stack, cpu=_one_by_one(function), default=function)
+    groups: dict[int, list[int]] = {}
+    for i, stack in enumerate(stacks):
+        groups.setdefault(stack.shape[-1], []).append(i)
+    results: list[tuple[Array, Array]] = [(stack, stack) for stack in stacks]
+    for members in groups.values():
+        together = [stacks[i] for i in members]
+        values, vectors = jax.lax.platform_dependent(
+            joined(together), cpu=_one_by_one(function), default=function
+        )
+        for i, span in zip(members, spans(together), strict=True):
+            results[i] = values[span], vectors[span]
+    return results
 
 
 def joined(stacks: Sequence[Array]) -> Array:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
 from curvax import _tree
+from curvax._linalg import matmul, transposed
 from curvax.blockwise import AbstractBlockPreconditioner, Memory
 from curvax.damping import AbstractFactorDamping
 from curvax.objective import Params
-from curvax.operators.factors import DiagonalFactor
+from curvax.operators.factors import DiagonalFactor, spectra
 from curvax.operators.kronecker import AbstractBlockMatrix, Entries, Product, Rotated
 from curvax.plan import Observation, Requirement
 from curvax.plan.moments import BlockMoments, Recipe
@@ -302,30 +303,33 @@ class EigenPreconditioner(_Factors):
         damping: Scalar,
     ) -> Memory:
         del damping
-        for path in dict.fromkeys(path for path, _ in places):
+        paths = list(dict.fromkeys(path for path, _ in places))
+        sides = [(path, side) for path in paths for side in ("input", "output")]
+        found = dict(zip(sides, spectra([each.factor for each in _at(new, sides)]), strict=True))
+        for path in paths:
             was, now = old[path], new[path]
-            bases, values, overlaps = [], [], []
-            for side in ("input", "output"):
-                factor = getattr(now, side).factor
-                before = getattr(was, f"{side}_basis")
-                if before is None:
-                    bases.append(None)
-                    values.append(factor.diagonal())
-                    overlaps.append(None)
+            # Old moments in the new bases; the first time from the factors themselves.
+            turned, values = was.scales, {}
+            for side in ("output", "input"):
+                spectrum, before = found[path, side], getattr(was, f"{side}_basis")
+                vectors, values[side] = spectrum.vectors, spectrum.values
+                if vectors is None:  # a diagonal has its basis already
                     continue
-                spectrum = factor.spectrum()
-                ok = jnp.all(jnp.isfinite(spectrum.vectors))
-                bases.append(jnp.where(ok, spectrum.vectors, before))
-                values.append(jnp.where(ok, spectrum.values, 1))
-                turn = jnp.swapaxes(bases[-1], 1, 2) @ before
-                overlaps.append(jnp.square(turn))
-            # The first time from the factors themselves, then the old moments in the new basis.
-            fresh = jnp.einsum("sm,sn->smn", values[1], values[0])
-            turned = was.scales if overlaps[1] is None else overlaps[1] @ was.scales
-            if overlaps[0] is not None:
-                turned = turned @ jnp.swapaxes(overlaps[0], 1, 2)
-            scales = jnp.where(was.updates > 0, turned, fresh)
-            new[path] = now._replace(input_basis=bases[0], output_basis=bases[1], scales=scales)
+                ok = jnp.all(jnp.isfinite(vectors), axis=(1, 2))
+                values[side] = jnp.where(ok[:, None], spectrum.values, 1)
+                basis = jnp.where(ok[:, None, None], vectors, before)
+                overlap = jnp.square(matmul(transposed(basis), before))
+                if side == "output":
+                    turned = matmul(overlap, turned)
+                else:
+                    turned = matmul(turned, transposed(overlap))
+                factor = getattr(now, side)
+                failures = factor.failures + (~ok).astype(jnp.int32)
+                now = now._replace(
+                    **{side: factor._replace(failures=failures), f"{side}_basis": basis}
+                )
+            fresh = values["output"][:, :, None] * values["input"][:, None, :]
+            new[path] = now._replace(scales=jnp.where(was.updates > 0, turned, fresh))
         return new
 
     def update(

@@ -160,6 +160,7 @@ class Adam(Training):
 
         params = jax.jit(model.init)(jax.random.key(0))
         super().__init__(step, params, optimizer.init(params), (batch,))
+        self.lower = lambda: step.lower(self.params, self.state, *self.rest)
         self.warm_up = [self() for _ in range(3)]
         progress(f"{model.name}: Adam's first step took {self.warm_up[0]:.0f} s")
 
@@ -234,7 +235,7 @@ def _row(
     }
     if isinstance(kfac, Kfac):
         most, least_due = kfac.memory_at(refresh), kfac.memory_at(lazy)
-        plain = adam.memory(adam.step.lower(adam.params, adam.state, *adam.rest))
+        plain = adam.memory(adam.lower())
         row |= {
             "temp MiB, refresh": most[0],
             "temp MiB, lazy": least_due[0],

@@ -64,9 +64,13 @@ class AbstractFactor(eqx.Module):
         """(F + shift·I)⁻¹, by Cholesky."""
         return inverses([self], [shift])[0]
 
-    @abc.abstractmethod
     def spectrum(self) -> Spectrum:
         """By an eigendecomposition of the smallest matrix that has it."""
+        return spectra([self])[0]
+
+    @abc.abstractmethod
+    def spectrum_from(self, eigen: tuple[Array, Array] | None) -> Spectrum:
+        """From the eigenvalues and eigenvectors of `held`."""
 
     def matrix(self) -> Float[Array, "stack n n"]:
         """The dense matrices."""
@@ -114,8 +118,9 @@ class DenseFactor(AbstractFactor):
         assert inverse is not None
         return DenseFactor(inverse)
 
-    def spectrum(self) -> Spectrum:
-        values, vectors = eigh(self.values)
+    def spectrum_from(self, eigen: tuple[Array, Array] | None) -> Spectrum:
+        assert eigen is not None
+        values, vectors = eigen
         return Spectrum(vectors, jnp.maximum(values, 0), jnp.zeros_like(values[:, 0]))
 
 
@@ -151,9 +156,9 @@ class LowRankFactor(AbstractFactor):
         assert inverse is not None
         return LowRankFactor(self.basis, inverse, 1 / (self.tail + shift))
 
-    def spectrum(self) -> Spectrum:
-        assert self.basis is not None
-        values, vectors = eigh(self.core)
+    def spectrum_from(self, eigen: tuple[Array, Array] | None) -> Spectrum:
+        assert self.basis is not None and eigen is not None
+        values, vectors = eigen
         return Spectrum(matmul(self.basis, vectors), jnp.maximum(values, 0), self.tail)
 
     def slim(self) -> "LowRankFactor":
@@ -186,7 +191,7 @@ class DiagonalFactor(AbstractFactor):
         del inverse
         return DiagonalFactor(1 / (self.entries + shift[:, None]))
 
-    def spectrum(self) -> Spectrum:
+    def spectrum_from(self, eigen: tuple[Array, Array] | None) -> Spectrum:
         return Spectrum(None, self.entries, jnp.zeros_like(self.entries[:, 0]))
 
 
@@ -248,6 +253,13 @@ def sandwich(
 
 def _product(a: Array, b: Array) -> Array:
     return applied("smk,skn->smn", a, b)
+
+
+def spectra(factors: Sequence[AbstractFactor]) -> list[Spectrum]:
+    """The spectrum of each; equal sizes together."""
+    held = {i: each for i, factor in enumerate(factors) if (each := factor.held()) is not None}
+    eigen = dict(zip(held, eigh(list(held.values())), strict=True))
+    return [factor.spectrum_from(eigen.get(i)) for i, factor in enumerate(factors)]
 
 
 def inverses(factors: Sequence[AbstractFactor], shifts: Sequence[Array]) -> list[AbstractFactor]:
