@@ -14,7 +14,7 @@ from jaxtyping import Array
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Below this size a triangular matrix is inverted by substitution.
 _LEAF = 64
-# Matrices are factorised together with larger ones of which they have this share of the size.
+# Matrices of this share of a size are factorised together with those of that size.
 _NEAR = 0.8
 
 
@@ -98,24 +98,53 @@ def shifted(matrices: Array, shift: Array) -> Array:
 def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
     """L with A = L Lᵀ, and L⁻¹, of stacks of positive definite matrices; NaN where one is not.
 
-    Those of about equal size take one call together: on a GPU the time of a factorisation is
-    latency. The inverse takes the place of substitutions, which a GPU does at a small part of its
-    speed.
+    The inverse takes the place of substitutions, which a GPU does at a small part of its speed.
+    """
+
+    def together(*group: Array) -> list[tuple[Array, Array]]:
+        size = max(stack.shape[-1] for stack in group)
+        both = _by_halves(joined([_grown(stack, size) for stack in group]))
+        results = []
+        for stack, span in zip(group, spans(group), strict=True):
+            own = slice(stack.shape[-1])
+            lower, inverse = (whole[span, own, own] for whole in both)
+            results.append((lower, inverse))
+        return results
+
+    return _in_groups(stacks, _NEAR, together, _by_substitution)
+
+
+def eigh(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
+    """Eigenvalues, smallest first, and eigenvectors of stacks of symmetric matrices."""
+
+    def together(*group: Array) -> list[tuple[Array, Array]]:
+        values, vectors = jnp.linalg.eigh(joined(group))
+        return [(values[span], vectors[span]) for span in spans(group)]
+
+    return _in_groups(stacks, 1.0, together, lambda stack: tuple(jnp.linalg.eigh(stack)))
+
+
+def _in_groups(
+    stacks: Sequence[Array],
+    near: float,
+    together: Callable[..., list[tuple[Array, Array]]],
+    alone: Callable[[Array], tuple[Array, Array]],
+) -> list[tuple[Array, Array]]:
+    """`together(*group)` for stacks of matrices of at least `near` times the size of the largest:
+    on a GPU the time of a factorisation is latency. On a CPU `alone` for each matrix.
     """
     groups: dict[int, list[int]] = {}
     for i in sorted(range(len(stacks)), key=lambda i: -stacks[i].shape[-1]):
         size = stacks[i].shape[-1]
-        near = next((largest for largest in groups if size >= _NEAR * largest), size)
-        groups.setdefault(near, []).append(i)
+        largest = next((largest for largest in groups if size >= near * largest), size)
+        groups.setdefault(largest, []).append(i)
+    apart = lambda *group: [_one_by_one(alone)(stack) for stack in group]
     results: list[tuple[Array, Array]] = [(stack, stack) for stack in stacks]
-    for size, members in groups.items():
-        together = joined([_grown(stacks[i], size) for i in members])
-        lower, inverse = jax.lax.platform_dependent(
-            together, cpu=_one_by_one(_by_substitution), default=_by_halves
-        )
-        for i, span in zip(members, spans([stacks[i] for i in members]), strict=True):
-            own = slice(stacks[i].shape[-1])
-            results[i] = lower[span, own, own], inverse[span, own, own]
+    for members in groups.values():
+        group = [stacks[i] for i in members]
+        done = jax.lax.platform_dependent(*group, cpu=apart, default=together)
+        for i, result in zip(members, done, strict=True):
+            results[i] = result
     return results
 
 
@@ -131,23 +160,6 @@ def _grown(stack: Array, size: int) -> Array:
 def inverse(stacks: Sequence[Array]) -> list[Array]:
     """Of positive definite matrices: L⁻ᵀ L⁻¹."""
     return [matmul(transposed(half), half) for _, half in cholesky(stacks)]
-
-
-def eigh(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
-    """Eigenvalues, smallest first, and eigenvectors of symmetric matrices; equal sizes together."""
-    function = lambda stack: tuple(jnp.linalg.eigh(stack))
-    groups: dict[int, list[int]] = {}
-    for i, stack in enumerate(stacks):
-        groups.setdefault(stack.shape[-1], []).append(i)
-    results: list[tuple[Array, Array]] = [(stack, stack) for stack in stacks]
-    for members in groups.values():
-        together = [stacks[i] for i in members]
-        values, vectors = jax.lax.platform_dependent(
-            joined(together), cpu=_one_by_one(function), default=function
-        )
-        for i, span in zip(members, spans(together), strict=True):
-            results[i] = values[span], vectors[span]
-    return results
 
 
 def joined(stacks: Sequence[Array]) -> Array:

@@ -121,16 +121,17 @@ def row_section(somax: Any, seconds: float) -> list[Row]:
         {"x": workload.x, "y": target},
         seconds,
     )
-    workload = mlp(batch=32)
-    rows += _row_pair(
-        "egn, softmax, 10 classes, batch 32",
-        workload,
-        cx.Objective(workload.predict, cx.SoftmaxCrossEntropy()),
-        (workload.x, workload.labels),
-        somax.egn_ce(predict_fn=workload.apply, lam0=0.1, learning_rate=LEARNING_RATE),
-        {"x": workload.x, "y": workload.labels},
-        seconds,
-    )
+    for size in (32, 128):
+        workload = mlp(batch=size)
+        rows += _row_pair(
+            f"egn, softmax, 10 classes, batch {size}",
+            workload,
+            cx.Objective(workload.predict, cx.SoftmaxCrossEntropy()),
+            (workload.x, workload.labels),
+            somax.egn_ce(predict_fn=workload.apply, lam0=0.1, learning_rate=LEARNING_RATE),
+            {"x": workload.x, "y": workload.labels},
+            seconds,
+        )
     return rows
 
 

@@ -1,5 +1,7 @@
 """The small Equinox models of the experiments. A model sees one example."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,16 @@ class MLP(eqx.Module):
     """A tanh network on the flattened example: 784-128-64-10 on 28×28 images in ten classes."""
 
     layers: list[eqx.nn.Linear]
+    activation: Callable[[Array], Array] = eqx.field(static=True)
 
-    def __init__(self, sizes: tuple[int, ...], *, key: PRNGKeyArray):
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        activation: Callable[[Array], Array] = jnp.tanh,
+        *,
+        key: PRNGKeyArray,
+    ):
+        self.activation = activation
         keys = jax.random.split(key, len(sizes) - 1)
         self.layers = [
             eqx.nn.Linear(fan_in, fan_out, dtype=jnp.float32, key=k)
@@ -28,7 +38,7 @@ class MLP(eqx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, " outputs"]:
         x = jnp.ravel(x)
         for layer in self.layers[:-1]:
-            x = jnp.tanh(layer(x))
+            x = self.activation(layer(x))
         return self.layers[-1](x)
 
 

@@ -189,3 +189,30 @@ def test_step_compiles_once_for_each_phase():
         counts.append(traces)
     assert 0 < counts[0] < counts[1]
     assert counts[1:] == [counts[1]] * 4
+
+
+def test_lower_takes_shapes_and_compiles_for_calls():
+    p = problem()
+    traces = 0
+
+    def predict(params, x):
+        nonlocal traces
+        traces += 1
+        return p.objective.predict(params, x)
+
+    objective = cx.Objective(predict, p.objective.loss)
+    method = make_method("ggn_cg", objective, damping=cx.LevenbergMarquardt(4.0, every=2))
+    step = cx.make_step(optimizer_around(method), method)
+    state = step.init(p.params)
+    lowered = [step.lower(p.params, state, p.batch, count=count) for count in (0, 1)]
+    texts = [each.as_text() for each in lowered]
+    assert texts[0] != texts[1]
+    again = step.lower(*jax.eval_shape(lambda: (p.params, state, p.batch)), count=1)
+    assert again.as_text() == texts[1]
+    for each in lowered:
+        each.compile()
+    before = traces
+    params, state, _ = step(p.params, state, p.batch)
+    step(params, state, p.batch)
+    shapes_only = 1  # the first call checks the batch
+    assert traces <= before + shapes_only
