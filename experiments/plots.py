@@ -10,8 +10,8 @@ from experiments.recipes import RECIPES
 from experiments.summary import Comparison
 from experiments.training import Run
 
-# Okabe & Ito's palette, but brown for its yellow; line styles beside it tell apart what has no
-# colour. A method has the pair of its place among the recipes: there are 24.
+# Okabe & Ito's palette, but brown for its yellow, and two more; line styles beside it tell apart
+# what has no colour. A method has the pair of its place among the recipes: there are 30.
 COLOURS = (
     "#000000",
     "#0072B2",
@@ -21,6 +21,8 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
     "#8C564B",
+    "#882255",
+    "#999933",
 )
 LINES = ("-", "-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
