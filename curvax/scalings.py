@@ -19,6 +19,7 @@ from curvax.objective import Params, is_masked_tree
 from curvax.operators.kronecker import arrange, disarrange
 from curvax.plan.plan import Observation, Requirement
 from curvax.plan.quantities import AbstractCurvatureQuantity, GaussNewtonCurvature
+from curvax.taps.arrangement import Elementwise, Lookup
 from curvax.taps.blocks import Block, DiagonalBlock
 
 
@@ -98,24 +99,47 @@ class KLClip(AbstractScaling):
 
 class RMS(AbstractScaling):
     """Each leaf, and of leaves that are scanned over each layer, scaled to a root mean square of 1,
-    the size of an Adam step: its rates fit.
+    the size of an Adam step; a weight with n inputs to √(`inputs`/n).
 
-    The lengths that the preconditioner gave to the leaves are lost, their directions kept. `eps` is
-    added to the mean square, so that a direction of zero stays zero.
+    A step of a given learning rate then changes the outputs of wide layers as much as those of
+    narrow ones, if the singular values of the direction are about equal, which preconditioning
+    tends to make them (Yang et al. 2023, condition 1). The lengths that the preconditioner gave to
+    the leaves are lost, their directions kept.
+
+    **Arguments:**
+
+    - `inputs`: those of a weight whose root mean square is 1; None for 1 everywhere. Rows of an
+      embedding, which are looked up, have none.
+    - `eps`: is added to the mean square, so that a direction of zero stays zero.
     """
 
+    inputs: float | None = 64.0
     eps: float = 1e-30
 
     def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
         leaves, treedef = jax.tree.flatten(direction)
         loops = _loop_axes(context.blocks, len(leaves))
+        fans = [0] * len(leaves) if self.inputs is None else _fans_in(context.blocks, len(leaves))
 
-        def leaf(d: Array, depth: int) -> Array:
+        def leaf(d: Array, depth: int, fan: int) -> Array:
             wide = d.astype(_tree.accumulation_dtype(d.dtype))
             square = jnp.mean(jnp.square(wide), axis=tuple(range(depth, d.ndim)), keepdims=True)
-            return (d * jax.lax.rsqrt(square + self.eps).astype(d.dtype)).astype(d.dtype)
+            length = math.sqrt(self.inputs / fan) if self.inputs is not None and fan else 1.0
+            return (d * (length * jax.lax.rsqrt(square + self.eps)).astype(d.dtype)).astype(d.dtype)
 
-        return treedef.unflatten(leaf(*each) for each in zip(leaves, loops, strict=True)), state
+        scaled = [leaf(*each) for each in zip(leaves, loops, fans, strict=True)]
+        return treedef.unflatten(scaled), state
+
+
+def _fans_in(blocks: tuple[Block, ...], count: int) -> list[int]:
+    """For each leaf the most inputs that a product with it sums over, 0 for one in no product."""
+    fans = [0] * count
+    for block in blocks:
+        products = [u.arrangement for u in block.uses]
+        summed = [p.inputs for p in products if not isinstance(p, Lookup | Elementwise)]
+        fan = max(summed, default=0)
+        fans[block.leaf] = max(fans[block.leaf], fan)
+    return fans
 
 
 def _loop_axes(blocks: tuple[Block, ...], count: int) -> list[int]:

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import curvax as cx
+from curvax import _tree
 from tests import oracles, problems, zoo
 from tests.problems import avals
 
@@ -466,14 +467,46 @@ def test_kl_clip():
     close(always, jax.tree.map(lambda d: 10 * d, direction), rtol=1e-6)
 
 
-def test_rms():
-    updates, _ = scaled(cx.RMS())
-    for update, direction in zip(
-        jax.tree.leaves(updates), jax.tree.leaves(unscaled()), strict=True
-    ):
-        np.testing.assert_allclose(jnp.mean(jnp.square(update)), 1, rtol=1e-6)
+@pytest.mark.parametrize("inputs", [None, 12.0])
+def test_rms(inputs):
+    p = problem()
+    updates, _ = scaled(cx.RMS(inputs=inputs))
+    directions = dict(zip(_tree.paths(p.params), jax.tree.leaves(unscaled()), strict=True))
+    fans = inputs_of(p)
+    assert fans and len(fans) < len(directions)
+    for (path, direction), update in zip(directions.items(), jax.tree.leaves(updates), strict=True):
+        square = inputs / fans[path] if inputs is not None and path in fans else 1
+        np.testing.assert_allclose(jnp.mean(jnp.square(update)), square, rtol=1e-6)
         cosine = jnp.sum(update * direction) / jnp.linalg.norm(update) / jnp.linalg.norm(direction)
         np.testing.assert_allclose(cosine, 1, rtol=1e-9)
+
+
+def inputs_of(p):
+    """Of each weight: the size of its input factor, without the one for a bias."""
+    sites = cx.sites(p.objective, p.params, p.batch)
+    biased = {site.block for site in sites if site.kind == "bias"}
+    own = [site for site in sites if site.factors and site.block == site.path]
+    return {site.path: site.factors[0].size - (site.path in biased) for site in own}
+
+
+def test_rms_of_tables_and_tied_weights():
+    """Looked-up rows have no inputs; a table that is an output layer, too, has its width."""
+    table, head = jnp.ones((7, 5)), jnp.ones((5, 7))
+    batch = jnp.arange(6) % 7, jnp.arange(6) % 3
+    models = [
+        (lambda p, x: p["table"][x] @ p["head"], {"table": table, "head": head}, (5 / 5, 1)),
+        (lambda p, x: p["table"] @ p["table"][x], {"table": table}, (5 / 5,)),
+    ]
+    for predict, params, squares in models:
+        objective = cx.Objective(predict, cx.SoftmaxCrossEntropy(), example=batch)
+        method = cx.methods.kfac(objective, rank=None, fisher="exact", scaling=cx.RMS(inputs=5.0))
+        noisy = jax.tree.map(
+            lambda a: a + 0.1 * jax.random.normal(jax.random.key(0), a.shape), params
+        )
+        gradient = jax.grad(objective.value)(noisy, batch)
+        updates, _ = method.update(gradient, method.init(noisy), noisy, batch=batch)
+        for update, square in zip(jax.tree.leaves(updates), squares, strict=True):
+            np.testing.assert_allclose(jnp.mean(jnp.square(update)), square, rtol=1e-5)
 
 
 def test_scanned_layers_have_the_step_of_unrolled_ones():

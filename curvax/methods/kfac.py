@@ -77,8 +77,8 @@ def kfac(
       scale of the loss; with [`FactoredTikhonov`][curvax.FactoredTikhonov] λ is added to the
       curvature.
     - `scaling`: what is made of the preconditioned gradient. [`RMS`][curvax.RMS] gives each leaf
-      the size of an Adam step, so that Adam's learning rates fit and one serves many problems
-      (0.002, falling to zero, did on all that were tried). [`KLClip`][curvax.KLClip] keeps the
+      the size of an Adam step, smaller for wide layers, so that one learning rate serves many
+      problems and widths (0.002, falling to zero, did on all that were tried). [`KLClip`][curvax.KLClip] keeps the
       lengths of the natural gradient, and bounds how far a step moves the predictions; it goes
       further where its learning rate is tuned.
     - `decay`: the weight of the past in a factor's moving average at each refresh, corrected for
