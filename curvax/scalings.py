@@ -113,19 +113,24 @@ class RMS(AbstractScaling):
     - `eps`: is added to the mean square, so that a direction of zero stays zero.
     """
 
-    inputs: float | None = 64.0
+    inputs: ScalarLike | None = 64.0
     eps: float = 1e-30
+
+    def __check_init__(self):
+        if isinstance(self.inputs, int | float) and not self.inputs > 0:
+            raise ValueError(f"inputs: got {self.inputs}, wanted a positive number or None.")
 
     def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, Any]:
         leaves, treedef = jax.tree.flatten(direction)
-        loops = _loop_axes(context.blocks, len(leaves))
-        fans = [0] * len(leaves) if self.inputs is None else _fans_in(context.blocks, len(leaves))
+        loops, fans = (of(context.blocks, len(leaves)) for of in (_loop_axes, _fans_in))
 
         def leaf(d: Array, depth: int, fan: int) -> Array:
             wide = d.astype(_tree.accumulation_dtype(d.dtype))
             square = jnp.mean(jnp.square(wide), axis=tuple(range(depth, d.ndim)), keepdims=True)
-            length = math.sqrt(self.inputs / fan) if self.inputs is not None and fan else 1.0
-            return (d * (length * jax.lax.rsqrt(square + self.eps)).astype(d.dtype)).astype(d.dtype)
+            factor = jax.lax.rsqrt(square + self.eps)
+            if self.inputs is not None and fan:
+                factor = factor * (self.inputs / fan) ** 0.5
+            return (d * factor.astype(d.dtype)).astype(d.dtype)
 
         scaled = [leaf(*each) for each in zip(leaves, loops, fans, strict=True)]
         return treedef.unflatten(scaled), state
@@ -135,10 +140,9 @@ def _fans_in(blocks: tuple[Block, ...], count: int) -> list[int]:
     """For each leaf the most inputs that a product with it sums over, 0 for one in no product."""
     fans = [0] * count
     for block in blocks:
-        products = [u.arrangement for u in block.uses]
-        summed = [p.inputs for p in products if not isinstance(p, Lookup | Elementwise)]
-        fan = max(summed, default=0)
-        fans[block.leaf] = max(fans[block.leaf], fan)
+        for arrangement in (use.arrangement for use in block.uses):
+            if not isinstance(arrangement, Lookup | Elementwise):
+                fans[block.leaf] = max(fans[block.leaf], arrangement.inputs)
     return fans
 
 

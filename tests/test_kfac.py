@@ -481,6 +481,11 @@ def test_rms(inputs):
         np.testing.assert_allclose(cosine, 1, rtol=1e-9)
 
 
+def test_rms_wants_inputs():
+    with pytest.raises(ValueError, match="inputs: got 0, wanted a positive number or None"):
+        cx.RMS(inputs=0)
+
+
 def inputs_of(p):
     """Of each weight: the size of its input factor, without the one for a bias."""
     sites = cx.sites(p.objective, p.params, p.batch)

@@ -78,9 +78,9 @@ def kfac(
       curvature.
     - `scaling`: what is made of the preconditioned gradient. [`RMS`][curvax.RMS] gives each leaf
       the size of an Adam step, smaller for wide layers, so that one learning rate serves many
-      problems and widths (0.002, falling to zero, did on all that were tried). [`KLClip`][curvax.KLClip] keeps the
-      lengths of the natural gradient, and bounds how far a step moves the predictions; it goes
-      further where its learning rate is tuned.
+      problems and widths (0.002, falling to zero, did on all that were tried).
+      [`KLClip`][curvax.KLClip] keeps the lengths of the natural gradient, and bounds how far a step
+      moves the predictions.
     - `decay`: the weight of the past in a factor's moving average at each refresh, corrected for
       the start: min(decay, 1 − 1/t) at the t-th refresh (section 5).
     - `stagger`: over how many steps of a cycle the refreshes are spread. With 1 every block is
