@@ -103,7 +103,8 @@ def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
 
     def together(*group: Array) -> list[tuple[Array, Array]]:
         size = max(stack.shape[-1] for stack in group)
-        both = _by_halves(joined([_grown(stack, size) for stack in group]))
+        grown = joined([_grown(stack, size) for stack in group])
+        both = _factorised(grown, _triangular_inverse)
         results = []
         for stack, span in zip(group, spans(group), strict=True):
             own = slice(stack.shape[-1])
@@ -111,7 +112,7 @@ def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
             results.append((lower, inverse))
         return results
 
-    return _in_groups(stacks, _NEAR, together, _by_substitution)
+    return _in_groups(stacks, _NEAR, together, lambda stack: _factorised(stack, _substituted))
 
 
 def eigh(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
@@ -191,14 +192,9 @@ def _one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
     return each
 
 
-def _by_substitution(stack: Array) -> tuple[Array, Array]:
+def _factorised(stack: Array, inverted: Callable[[Array], Array]) -> tuple[Array, Array]:
     lower = jnp.linalg.cholesky(stack)
-    return lower, _substituted(lower)
-
-
-def _by_halves(stack: Array) -> tuple[Array, Array]:
-    lower = jnp.linalg.cholesky(stack)
-    return lower, _triangular_inverse(lower)
+    return lower, inverted(lower)
 
 
 def _triangular_inverse(lower: Array) -> Array:

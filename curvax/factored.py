@@ -20,7 +20,16 @@ from curvax.operators.factors import DiagonalFactor, spectra
 from curvax.operators.kronecker import AbstractBlockMatrix, Entries, Product, Rotated
 from curvax.plan import Observation, Requirement
 from curvax.plan.moments import BlockMoments, Recipe
-from curvax.refresh import FactorMemory, first_factor, invert, refresh, weight_of_past
+from curvax.refresh import (
+    FactorMemory,
+    counted,
+    finite_each,
+    first_factor,
+    invert,
+    pick,
+    refresh,
+    weight_of_past,
+)
 from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock
 
 # One factor of a state: the path of its block, and "input" or "output".
@@ -315,19 +324,17 @@ class EigenPreconditioner(_Factors):
                 vectors, values[side] = spectrum.vectors, spectrum.values
                 if vectors is None:  # a diagonal has its basis already
                     continue
-                ok = jnp.all(jnp.isfinite(vectors), axis=(1, 2))
-                values[side] = jnp.where(ok[:, None], spectrum.values, 1)
-                basis = jnp.where(ok[:, None, None], vectors, before)
+                ok = finite_each(vectors)
+                values[side] = pick(ok, spectrum.values, jnp.ones_like(spectrum.values))
+                basis = pick(ok, vectors, before)
                 overlap = jnp.square(matmul(transposed(basis), before))
                 if side == "output":
                     turned = matmul(overlap, turned)
                 else:
                     turned = matmul(turned, transposed(overlap))
                 factor = getattr(now, side)
-                failures = factor.failures + (~ok).astype(jnp.int32)
-                now = now._replace(
-                    **{side: factor._replace(failures=failures), f"{side}_basis": basis}
-                )
+                factor = counted(factor, factor.updates, ok)
+                now = now._replace(**{side: factor, f"{side}_basis": basis})
             fresh = values["output"][:, :, None] * values["input"][:, None, :]
             new[path] = now._replace(scales=jnp.where(was.updates > 0, turned, fresh))
         return new

@@ -105,9 +105,9 @@ def refresh(
         factors = [memory.factor for memory in memories]
         results = []
         for memory, factor in _pairs(memories, _averaged(factors, moments, pasts)):
-            ok = _finite_each(factor)
-            new = memory._replace(factor=_pick(ok, factor, memory.factor))
-            results.append(_counted(new, memory.updates + ok.astype(jnp.int32), ok))
+            ok = finite_each(factor)
+            new = memory._replace(factor=pick(ok, factor, memory.factor))
+            results.append(counted(new, memory.updates + ok.astype(jnp.int32), ok))
         return results
 
     return _batched(all_of, memories, moments)
@@ -125,14 +125,15 @@ def invert(memories: Sequence[FactorMemory], shifts: Sequence[Array]) -> list[Fa
         results = []
         done = _escalate(attempt, [jnp.ones_like(shift) for shift in shifts])
         for memory, (inverse, ok) in _pairs(memories, done):
-            new = memory._replace(inverse=_pick(ok, inverse, memory.inverse))
-            results.append(_counted(new, memory.updates, ok))
+            new = memory._replace(inverse=pick(ok, inverse, memory.inverse))
+            results.append(counted(new, memory.updates, ok))
         return results
 
     return _batched(all_of, memories, shifts)
 
 
-def _counted(memory: FactorMemory, updates: Array, ok: Array) -> FactorMemory:
+def counted(memory: FactorMemory, updates: Array, ok: Array) -> FactorMemory:
+    """With that many updates, and one failure more for each matrix that is not ok."""
     return memory._replace(updates=updates, failures=memory.failures + (~ok).astype(jnp.int32))
 
 
@@ -202,7 +203,7 @@ def _low_rank(
     ):
         # Nothing has come in yet that has a range: keep the basis.
         same = LowRankFactor(q, jnp.zeros_like(factor.core), trace)
-        results.append(_pick(trace > 0, new, same))
+        results.append(pick(trace > 0, new, same))
     return results
 
 
@@ -230,9 +231,9 @@ def _escalate(
     def again(carry: Any) -> Any:
         ridges, results, oks, tries = carry
         new = attempt(ridges)
-        fine = [_finite_each(each) for each in new]
+        fine = [finite_each(each) for each in new]
         results = [
-            _pick(now & ~ok, each, result)
+            pick(now & ~ok, each, result)
             for now, ok, each, result in zip(fine, oks, new, results, strict=True)
         ]
         ridges = [jnp.where(now, ridge, 10 * ridge) for now, ridge in _pairs(fine, ridges)]
@@ -251,7 +252,7 @@ def _escalate(
     return list(_pairs(results, oks))
 
 
-def _finite_each(tree: Any) -> Bool[Array, " stack"]:
+def finite_each(tree: Any) -> Bool[Array, " stack"]:
     """For each matrix of a stack, whether all of it is finite."""
     checks = [
         jnp.all(jnp.isfinite(leaf.reshape(leaf.shape[0], -1)), axis=1)
@@ -260,7 +261,8 @@ def _finite_each(tree: Any) -> Bool[Array, " stack"]:
     return jnp.all(jnp.stack(checks), axis=0)
 
 
-def _pick(ok: Bool[Array, " stack"], new: Any, old: Any) -> Any:
+def pick(ok: Bool[Array, " stack"], new: Any, old: Any) -> Any:
+    """The new matrices where they are ok, else the old."""
     return jax.tree.map(
         lambda a, b: jnp.where(ok.reshape(ok.shape + (1,) * (a.ndim - 1)), a, b), new, old
     )

@@ -11,7 +11,7 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,9 +62,7 @@ def compare(problem: Problem, steps: int, seeds: Sequence[int]) -> Row:
             batch_size=problem.batch_size,
         )
 
-    tried = [run(adam, rate, seeds[0]) for rate in ADAM_RATES]
-    best = min(tried, key=lambda each: each.final)
-    adams = [best, *(run(adam, best.learning_rate, seed) for seed in seeds[1:])]
+    adams = at_best_rate(functools.partial(run, adam), ADAM_RATES, seeds)
     kfacs = [run(kfac, KFAC_RATE, seed) for seed in seeds]
     goals = [each.final for each in adams]
     own = [a.reach(goal) for a, goal in zip(adams, goals, strict=True)]
@@ -77,7 +75,7 @@ def compare(problem: Problem, steps: int, seeds: Sequence[int]) -> Row:
         "data": problem.dataset,
         "parameters": models.count(task.init(jax.random.key(0))),
         "batch": problem.batch_size,
-        "Adam's rate": best.learning_rate,
+        "Adam's rate": adams[0].learning_rate,
         "Adam's end": median(goals),
         "K-FAC's end": median(each.final for each in kfacs),
         "steps, share": _number(median(shares)),
@@ -91,6 +89,15 @@ def compare(problem: Problem, steps: int, seeds: Sequence[int]) -> Row:
         "K-FAC compile s": seconds[1],
         "skipped": sum(each.skipped for each in kfacs),
     }
+
+
+def at_best_rate(
+    run: Callable[[float, int], Run], rates: Iterable[float], seeds: Sequence[int]
+) -> list[Run]:
+    """`run(rate, seed)` of every seed at the rate that ended best with the first."""
+    tried = [run(rate, seeds[0]) for rate in rates]
+    best = min(tried, key=lambda each: each.final)
+    return [best, *(run(best.learning_rate, seed) for seed in seeds[1:])]
 
 
 def _number(x: float) -> float | str:

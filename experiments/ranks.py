@@ -10,6 +10,7 @@ seeds.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from rich.progress import track
 import curvax as cx
 from experiments import models
 from experiments.data import DataCorrupted, DataUnavailable, load
-from experiments.defaults import ADAM_RATES
+from experiments.defaults import ADAM_RATES, at_best_rate
 from experiments.recipes import KFAC_RATE, MOMENTUM, RECIPES, SecondOrder, Setting
 from experiments.tables import Row, write_results
 from experiments.timing import provenance
@@ -57,24 +58,19 @@ WAYS = {
 def compare(task: Task, steps: int, seeds: Sequence[int]) -> list[Row]:
     """Adam's row, and one for each way and rank."""
 
-    def runs(trainer: Any, rate: float, seeds: Sequence[int]) -> list[Run]:
-        return [
-            train(trainer, task, learning_rate=rate, seed=seed, steps=steps, batch_size=BATCH)
-            for seed in seeds
-        ]
+    def run(trainer: Any, rate: float, seed: int) -> Run:
+        return train(trainer, task, learning_rate=rate, seed=seed, steps=steps, batch_size=BATCH)
 
     adam = RECIPES["adam"].build(Setting(task.objective, steps))
-    tried = [
-        runs(adam, rate, seeds[:1])[0] for rate in track(ADAM_RATES, description="Adam's rates")
-    ]
-    best = min(tried, key=lambda run: run.final)
-    adams = [best, *runs(adam, best.learning_rate, seeds[1:])]
+    rates = track(ADAM_RATES, description="Adam's rates")
+    adams = at_best_rate(functools.partial(run, adam), rates, seeds)
     rows = [_row("adam", "", adams, adams)]
     cases = [(name, rank) for name in WAYS for rank in RANKS]
     for name, rank in track(cases, description="K-FAC"):
         options, rate = WAYS[name]
         method = cx.methods.kfac(task.objective, rank=rank, **options)
-        kfacs = runs(SecondOrder(method, steps, MOMENTUM), rate, seeds)
+        trainer = SecondOrder(method, steps, MOMENTUM)
+        kfacs = [run(trainer, rate, seed) for seed in seeds]
         rows.append(_row(name, "full" if rank is None else rank, kfacs, adams))
     return rows
 

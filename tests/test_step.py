@@ -170,39 +170,33 @@ def test_multi_steps_in_a_fused_step():
     assert int(state.optimizer.gradient_step) == 2
 
 
-def test_step_compiles_once_for_each_phase():
+def counted_step():
+    """A step in two phases, and how often its model was traced so far."""
     p = problem()
-    traces = 0
+    traces = []
 
     def predict(params, x):
-        nonlocal traces
-        traces += 1
+        traces.append(x.shape)
         return p.objective.predict(params, x)
 
     objective = cx.Objective(predict, p.objective.loss)
     method = make_method("ggn_cg", objective, damping=cx.LevenbergMarquardt(4.0, every=2))
-    step = cx.make_step(optimizer_around(method), method)
+    return p, cx.make_step(optimizer_around(method), method), lambda: len(traces)
+
+
+def test_step_compiles_once_for_each_phase():
+    p, step, traced = counted_step()
     params, state = p.params, step.init(p.params)
     counts = []
     for _ in range(5):
         params, state, _ = step(params, state, p.batch)
-        counts.append(traces)
+        counts.append(traced())
     assert 0 < counts[0] < counts[1]
     assert counts[1:] == [counts[1]] * 4
 
 
 def test_lower_takes_shapes_and_compiles_for_calls():
-    p = problem()
-    traces = 0
-
-    def predict(params, x):
-        nonlocal traces
-        traces += 1
-        return p.objective.predict(params, x)
-
-    objective = cx.Objective(predict, p.objective.loss)
-    method = make_method("ggn_cg", objective, damping=cx.LevenbergMarquardt(4.0, every=2))
-    step = cx.make_step(optimizer_around(method), method)
+    p, step, traced = counted_step()
     state = step.init(p.params)
     lowered = [step.lower(p.params, state, p.batch, count=count) for count in (0, 1)]
     texts = [each.as_text() for each in lowered]
@@ -211,8 +205,8 @@ def test_lower_takes_shapes_and_compiles_for_calls():
     assert again.as_text() == texts[1]
     for each in lowered:
         each.compile()
-    before = traces
+    before = traced()
     params, state, _ = step(p.params, state, p.batch)
     step(params, state, p.batch)
     shapes_only = 1  # the first call checks the batch
-    assert traces <= before + shapes_only
+    assert traced() <= before + shapes_only

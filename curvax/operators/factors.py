@@ -192,6 +192,7 @@ class DiagonalFactor(AbstractFactor):
         return DiagonalFactor(1 / (self.entries + shift[:, None]))
 
     def spectrum_from(self, eigen: tuple[Array, Array] | None) -> Spectrum:
+        del eigen
         return Spectrum(None, self.entries, jnp.zeros_like(self.entries[:, 0]))
 
 
