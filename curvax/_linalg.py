@@ -4,6 +4,7 @@ the default of the device (TF32 ruins small eigenvalues).
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_THREE_PASSES = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+# Entries of an array up to which a product with it is a small one.
+_SMALL = 2**22
 # Below this size a triangular matrix is inverted by substitution.
 _LEAF = 64
-# Matrices of this share of a size are factorised together with those of that size.
+# Matrices of this share of a size are factorised together with those of that size, and all small
+# ones together.
 _NEAR = 0.8
 
 
@@ -33,45 +38,53 @@ def applied(equation: str, a: Array, b: Array) -> Array:
     To invert a large eigenvalue is to leave almost nothing of it: with operands that are rounded
     once, to TF32 even, what rounding leaves of it is many times as much.
     """
-    three = functools.partial(_three_passes, equation)
-    return _on_gpu(three, functools.partial(einsum, equation), a, b)
+
+    def passes(a: Array, b: Array) -> Array:
+        # As one product that is three times as deep, so that its result is written once.
+        inputs, result = equation.split("->")
+        first, second = inputs.split(",")
+        (axis,) = (set(first) & set(second)) - set(result)
+        (a_high, a_low), (b_high, b_low) = _apart(a), _apart(b)
+        a = jnp.concatenate([a_high, a_high, a_low], axis=first.index(axis))
+        b = jnp.concatenate([b_high, b_low, b_high], axis=second.index(axis))
+        return _accumulated(equation, a, b)
+
+    return _by_device(lambda a, b, product: product(equation, a, b), passes, a, b)
 
 
 def applied_to(v: Array, *products: tuple[str, Array]) -> list[Array]:
     """`applied(equation, v, b)` for several (equation, b), with v taken apart once."""
     equations = [equation for equation, _ in products]
 
+    def each(v: Array, *others: Array, product: Callable[..., Array]) -> list[Array]:
+        return [product(equation, v, b) for equation, b in zip(equations, others, strict=True)]
+
     def passes(v: Array, *others: Array) -> list[Array]:
         high, low = _apart(v)
-        results = []
-        for equation, b in zip(equations, others, strict=True):
+
+        def product(equation: str, _: Array, b: Array) -> Array:
             b_high, b_low = _apart(b)
-            product = lambda a, b, equation=equation: _accumulated(equation, a, b)
-            results.append(product(high, b_high) + product(high, b_low) + product(low, b_high))
-        return results
+            pairs = (high, b_high), (high, b_low), (low, b_high)
+            first, *rest = (_accumulated(equation, *pair) for pair in pairs)
+            return sum(rest, first)
 
-    def plain(v: Array, *others: Array) -> list[Array]:
-        return [einsum(equation, v, b) for equation, b in zip(equations, others, strict=True)]
+        return each(v, *others, product=product)
 
-    return _on_gpu(passes, plain, v, *(b for _, b in products))
-
-
-def _on_gpu(passes: Callable[..., Any], plain: Callable[..., Any], *operands: Array) -> Any:
-    """`passes` for operands of float32 on a GPU, else `plain`."""
-    if any(operand.dtype != jnp.float32 for operand in operands):
-        return plain(*operands)
-    return jax.lax.platform_dependent(*operands, cuda=passes, default=plain)
+    return _by_device(each, passes, v, *(b for _, b in products))
 
 
-def _three_passes(equation: str, a: Array, b: Array) -> Array:
-    """As one product that is three times as deep, so that its result is written once."""
-    inputs, result = equation.split("->")
-    first, second = inputs.split(",")
-    (axis,) = (set(first) & set(second)) - set(result)
-    (a_high, a_low), (b_high, b_low) = _apart(a), _apart(b)
-    a = jnp.concatenate([a_high, a_high, a_low], axis=first.index(axis))
-    b = jnp.concatenate([b_high, b_low, b_high], axis=second.index(axis))
-    return _accumulated(equation, a, b)
+def _by_device(products: Callable[..., Any], passes: Callable[..., Any], *operands: Array) -> Any:
+    """`products(*operands, product=…)` with exact ones, or for float32 on a GPU with three passes
+    in one kernel where operands are small, and to launch it is most of the time; else `passes`,
+    whose kernels are faster.
+    """
+    exact = functools.partial(products, product=einsum)
+    if any(operand.dtype != jnp.float32 for operand in operands) or _is_old_gpu():
+        return exact(*operands)
+    if max(operand.size for operand in operands) <= _SMALL:
+        three = functools.partial(jnp.einsum, precision=_THREE_PASSES)
+        passes = functools.partial(products, product=three)
+    return jax.lax.platform_dependent(*operands, cuda=passes, default=exact)
 
 
 def _accumulated(equation: str, a: Array, b: Array) -> Array:
@@ -82,6 +95,12 @@ def _apart(x: Array) -> tuple[Array, Array]:
     """Two bfloat16 numbers whose sum has 16 bits of x."""
     high = jax.lax.reduce_precision(x, 8, 7)  # a cast and back would be optimised away
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+@functools.cache
+def _is_old_gpu() -> bool:
+    """Whether a device is too old for bfloat16: XLA has no such product for it."""
+    return any(float(getattr(device, "compute_capability", 8.0)) < 8 for device in jax.devices())
 
 
 def transposed(a: Array) -> Array:
@@ -112,7 +131,8 @@ def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
             results.append((lower, inverse))
         return results
 
-    return _in_groups(stacks, _NEAR, together, lambda stack: _factorised(stack, _substituted))
+    near = lambda size, largest: size >= _NEAR * largest or largest <= _LEAF
+    return _in_groups(stacks, near, together, lambda stack: _factorised(stack, _substituted))
 
 
 def eigh(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
@@ -122,22 +142,22 @@ def eigh(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
         values, vectors = jnp.linalg.eigh(joined(group))
         return [(values[span], vectors[span]) for span in spans(group)]
 
-    return _in_groups(stacks, 1.0, together, lambda stack: tuple(jnp.linalg.eigh(stack)))
+    return _in_groups(stacks, operator.eq, together, lambda stack: tuple(jnp.linalg.eigh(stack)))
 
 
 def _in_groups(
     stacks: Sequence[Array],
-    near: float,
+    near: Callable[[int, int], bool],
     together: Callable[..., list[tuple[Array, Array]]],
     alone: Callable[[Array], tuple[Array, Array]],
 ) -> list[tuple[Array, Array]]:
-    """`together(*group)` for stacks of matrices of at least `near` times the size of the largest:
-    on a GPU the time of a factorisation is latency. On a CPU `alone` for each matrix.
+    """`together(*group)` for stacks of matrices whose size is `near` that of the largest: on a GPU
+    the time of a factorisation is latency. On a CPU `alone` for each matrix.
     """
     groups: dict[int, list[int]] = {}
     for i in sorted(range(len(stacks)), key=lambda i: -stacks[i].shape[-1]):
         size = stacks[i].shape[-1]
-        largest = next((largest for largest in groups if size >= near * largest), size)
+        largest = next((largest for largest in groups if near(size, largest)), size)
         groups.setdefault(largest, []).append(i)
     apart = lambda *group: [_one_by_one(alone)(stack) for stack in group]
     results: list[tuple[Array, Array]] = [(stack, stack) for stack in stacks]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -236,6 +237,8 @@ def sandwich(
     g, a = (tail[:, None, None] for tail in (output.tail, input.tail))
     inner_g, inner_a = (shifted(side.core, -side.tail) for side in (output, input))
     left, right = applied_to(v, (f"{seen},sok->ski", q), (f"{seen},sil->sol", p))
+    # Else XLA makes one product of this and the next, which share p, and copies V for it.
+    left, right = jax.lax.optimization_barrier((left, right))
     both = _product(left, p)
     left_bias = None
     if bias is not None and last is not None:
