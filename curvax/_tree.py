@@ -4,13 +4,16 @@ Nothing here ravels: a sharded leaf keeps its sharding, and a dot product is the
 leafwise dot products. Low-precision leaves (bfloat16, float16) are reduced in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Scalar
+
+# Arrays of at most so many entries: launching a kernel for each costs more than to read them.
+_SMALL = 2**18
 
 
 def accumulation_dtype(*dtypes) -> jnp.dtype:
@@ -32,14 +35,31 @@ def _times(c: Scalar | float, x: Array) -> Array:
     return c.astype(dtype) * x.astype(dtype)
 
 
+def alike(arrays: Sequence[Array], kinds: Sequence[Hashable] = ()) -> list[list[int]]:
+    """Which of some arrays to put in one stack for one kernel: the small ones of equal type (and,
+    where given, equal kind).
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, array in enumerate(arrays):
+        key = (jax.typeof(array), kinds[i] if kinds else None) if array.size <= _SMALL else i
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def stacked(arrays: Sequence[Array]) -> Array:
+    """With one more leading axis."""
+    return arrays[0][None] if len(arrays) == 1 else jnp.stack(arrays)
+
+
 def dot(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
     """Sum over leaves of ⟨a, b⟩, at the highest matrix precision."""
     leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
     dtype = accumulation_dtype(*(leaf.dtype for leaf in leaves_a + leaves_b))
     total = jnp.zeros((), dtype)
-    for x, y in zip(leaves_a, leaves_b, strict=True):
+    for members in alike(leaves_a, [jax.typeof(leaf) for leaf in leaves_b]):
         # Multiply-and-sum, not `vdot`: no reshape (a reshape of a sharded leaf gathers it), and
         # XLA's tree-shaped reduction keeps float32 accurate to many millions of entries.
+        x, y = (stacked([leaves[i] for i in members]) for leaves in (leaves_a, leaves_b))
         total = total + jnp.sum(x.astype(dtype) * y.astype(dtype))
     return total
 
@@ -87,7 +107,9 @@ def where(condition: Bool[Array, ""], a: PyTree[Array], b: PyTree[Array]) -> PyT
 
 def all_finite(a: PyTree[Array]) -> Bool[Array, ""]:
     """Whether every entry of every inexact leaf is finite."""
-    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(a) if eqx.is_inexact_array(x)]
+    leaves = [x for x in jax.tree.leaves(a) if eqx.is_inexact_array(x)]
+    groups = [stacked([leaves[i] for i in members]) for members in alike(leaves)]
+    checks = [jnp.all(jnp.isfinite(group)) for group in groups]
     return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
 
 
@@ -99,6 +121,12 @@ def cast(a: PyTree, like: PyTree) -> PyTree[Array]:
 def structure(a: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the leaves of `a`."""
     return jax.eval_shape(lambda: a)
+
+
+def types(a: PyTree[Any]) -> Hashable:
+    """What `a` has in common with a tree of the same structure, shapes, dtypes and shardings."""
+    leaves, treedef = jax.tree.flatten(a)
+    return treedef, tuple(jax.typeof(leaf) for leaf in leaves)
 
 
 def freeze(structs: PyTree[Any]) -> tuple[tuple[Any, ...], Any]:

@@ -124,15 +124,17 @@ class RMS(AbstractScaling):
         leaves, treedef = jax.tree.flatten(direction)
         loops, fans = (of(context.blocks, len(leaves)) for of in (_loop_axes, _fans_in))
 
-        def leaf(d: Array, depth: int, fan: int) -> Array:
-            wide = d.astype(_tree.accumulation_dtype(d.dtype))
-            square = jnp.mean(jnp.square(wide), axis=tuple(range(depth, d.ndim)), keepdims=True)
-            factor = jax.lax.rsqrt(square + self.eps)
+        scaled = list(leaves)
+        for members in _tree.alike(leaves, list(zip(loops, fans, strict=True))):
+            depth, fan = loops[members[0]], fans[members[0]]
+            stack = _tree.stacked([leaves[i] for i in members])
+            wide = stack.astype(_tree.accumulation_dtype(stack.dtype))
+            axes = tuple(range(1 + depth, wide.ndim))
+            factors = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axes, keepdims=True) + self.eps)
             if self.inputs is not None and fan:
-                factor = factor * (self.inputs / fan) ** 0.5
-            return (d * factor.astype(d.dtype)).astype(d.dtype)
-
-        scaled = [leaf(*each) for each in zip(leaves, loops, fans, strict=True)]
+                factors = factors * (self.inputs / fan) ** 0.5
+            for i, factor in zip(members, factors.astype(stack.dtype), strict=True):
+                scaled[i] = (leaves[i] * factor).astype(stack.dtype)
         return treedef.unflatten(scaled), state
 
 

@@ -394,3 +394,27 @@ def test_bad_models(unchecked):
 def test_bad_options(unchecked):
     with raises("reduction: got 'average', wanted 'mean' or 'sum'"):
         cx.Objective(predict_dict, cx.SquaredError(), reduction="average")
+
+
+@pytest.mark.parametrize("small", [0, 6, 100])
+def test_sums_over_leaves_that_are_stacked(small, monkeypatch):
+    """Small leaves of one type are summed over together, which changes no sum."""
+    monkeypatch.setattr(_tree, "_SMALL", small)
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3), (6,), (2, 3), (), (6,), (2, 4), (2, 3)]
+    a, b = ([jnp.asarray(rng.standard_normal(shape)) for shape in shapes] for _ in range(2))
+    a[0], b[2] = a[0].astype(jnp.float32), b[2].astype(jnp.float32)
+    groups = _tree.alike(a, [leaf.dtype for leaf in b])
+    together = {0: [[i] for i in range(7)], 6: [[0], [1, 4], [2], [3], [5], [6]]}
+    assert groups == together.get(small, together[6])
+    assert _tree.alike(a) == (
+        [[i] for i in range(7)] if not small else [[0], [1, 4], [2, 6], [3], [5]]
+    )
+    wanted = sum(
+        float(jnp.sum(x.astype(float) * y.astype(float))) for x, y in zip(a, b, strict=True)
+    )
+    np.testing.assert_allclose(_tree.dot(a, b), wanted, rtol=1e-12)
+    assert _tree.all_finite(a)
+    for i in range(7):
+        bad = [*a[:i], a[i] * jnp.nan, *a[i + 1 :]]
+        assert not _tree.all_finite(bad)
