@@ -96,6 +96,20 @@ def test_places_of_a_convolution(few_rows):
     np.testing.assert_allclose(got.output.product[0], wanted, rtol=1e-10)
 
 
+@pytest.mark.parametrize("fewest, every", [(1, 7), (2, 3), (3, 2), (4, 1), (64, 1)])
+def test_examples_of_a_diagonal_block(fewest, every, monkeypatch):
+    """Every k-th example, with the k that leaves at least so many of them."""
+    monkeypatch.setattr(statistics, "FEWEST_EXAMPLES", fewest)
+    params = {"w": normal(0, FEATURES)}
+    x, y = normal(1, 7, 5, FEATURES), normal(2, 7, 5, FEATURES)
+    predict = lambda p, x: x * p["w"][None]
+    each = np.asarray(((x * params["w"][None, None] - y) * x).sum(axis=1))
+    kept = each[::every]
+    for rows, wanted in ((4, np.sum(kept**2, axis=0) * 7 / len(kept)), (None, np.sum(each**2, 0))):
+        got = measured(predict, params, (x, y), rows=rows)
+        np.testing.assert_allclose(got, wanted, rtol=1e-10)
+
+
 def test_rows_out_of_range():
     with pytest.raises(ValueError, match=r"rows: got 0, wanted None or at least 1\."):
         Recipe(rows=0)

@@ -91,8 +91,9 @@ def kfac(
       their outputs consist: `{"qkv": 3}`, or three times the heads. Each part has a block of its
       own, with its own G and the A of all. The bias goes along.
     - `rows`: where positions share a weight, an n × n factor is measured from about rows·n of them
-      (2048 at the least), evenly spaced in the batch; None takes all. Moving averages over ten
-      refreshes see ten times as many.
+      (2048 at the least), and the diagonal block of a scale or a shift from about 64 examples,
+      evenly spaced in the batch; None takes all. Moving averages over ten refreshes see ten times
+      as many.
 
     **Returns** an Optax transformation that keeps the sign of the gradient: chain it with
     `optax.trace(0.9)` and `optax.scale_by_learning_rate`, and give the chain to

@@ -29,7 +29,7 @@ class Recipe:
     - `diagonal`: parts of the paths of leaves whose blocks are to be diagonal.
     - `fused`: for weights that are several in one, by a part of their path, how many.
     - `rows`: an n × n factor is measured from about rows·n positions (2048 at the least) of a batch
-      that has more; None takes all.
+      that has more, a diagonal block from about 64 examples; None takes all.
     """
 
     rank: Rank = None
@@ -70,12 +70,7 @@ class Recipe:
         )
         if self.fisher == "forward_only":
             blocks = tuple(input_side(block) for block in blocks)
-        return closed, tuple(
-            dataclasses.replace(block, rows=self.rows)
-            if isinstance(block, KroneckerBlock)
-            else block
-            for block in blocks
-        )
+        return closed, tuple(dataclasses.replace(block, rows=self.rows) for block in blocks)
 
 
 class BlockMoments(AbstractQuantity):

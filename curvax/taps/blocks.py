@@ -123,13 +123,15 @@ class KroneckerBlock:
 @dataclasses.dataclass(frozen=True)
 class DiagonalBlock:
     """The block of a leaf whose curvature is kept as a diagonal; `reason` says why, if that is a
-    fallback. Without uses the diagonal is estimated from whole gradients.
+    fallback. Without uses the diagonal is estimated from whole gradients. With `rows` it is taken
+    from some examples only.
     """
 
     path: str
     leaf: int
     uses: tuple[Use, ...]
     reason: str = ""
+    rows: int | None = None
 
     @property
     def loops(self) -> int:

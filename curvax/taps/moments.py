@@ -140,7 +140,7 @@ def _rule(
     if isinstance(block, DiagonalBlock):
         arrangement = block.uses[index].arrangement
         assert isinstance(arrangement, Elementwise)
-        return Squares(arrangement), ()
+        return Squares(arrangement, whole=block.rows is None), ()
     input, output, *eigenbases = bases.get(block.path, (None, None))
     rule = block.statistics(index, sharing, weighted)
     if eigenbases:
