@@ -5,7 +5,7 @@ is state: factors that are measured and refreshed every so many steps, and appli
 """
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import equinox as eqx
@@ -35,8 +35,9 @@ Memory = dict[str, Any]
 class AbstractBlockPreconditioner(eqx.Module):
     """Curvature by blocks, as state: what is observed, what is kept of it, and its inverse.
 
-    `recipe` says which blocks there are. The state is a dict by the path of a block's leaf; its
-    structure, shapes and dtypes must stay what `init` made them.
+    `recipe` says which blocks there are. The state is a dict by the path of a block's leaf, or of
+    the first of several whose state is one; its structure, shapes and dtypes must stay what `init`
+    made them.
     """
 
     recipe: eqx.AbstractVar[Recipe]
@@ -47,7 +48,7 @@ class AbstractBlockPreconditioner(eqx.Module):
 
     @abc.abstractmethod
     def init(self, blocks: tuple[Block, ...], params: Params) -> Memory:
-        """The state of each block, by the path of its leaf."""
+        """The state of the blocks before anything was observed."""
 
     @abc.abstractmethod
     def update(
@@ -61,8 +62,12 @@ class AbstractBlockPreconditioner(eqx.Module):
         """The state after an observation."""
 
     @abc.abstractmethod
-    def inverse(self, memory: Memory, block: Block, damping: Scalar) -> AbstractBlockMatrix:
-        """The damped inverse of a block."""
+    def inverses(
+        self, memory: Memory, damping: Scalar
+    ) -> Iterable[tuple[tuple[str, ...], AbstractBlockMatrix]]:
+        """The damped inverses: of the blocks at some paths, in one stack of matrices (or, if they
+        are diagonal, of leaves).
+        """
 
     @abc.abstractmethod
     def bases(self, memory: Memory, rotated: bool) -> Mapping[str, Any]:
@@ -136,10 +141,9 @@ def precondition(
         level = damping.at(state.level, state.count)
         held, marks = visible(state.preconditioner), hidden(state.preconditioner)
         blocks = later_blocks(preconditioner.recipe, observation, updates, frozenset(marks))
-        _check_blocks(blocks, held)
         memory = preconditioner.update(held, blocks, observation, level.damping, state.count)
-        inverses = tuple(preconditioner.inverse(memory, b, level.damping) for b in blocks)
-        direction = apply_blocks(blocks, inverses, updates)
+        inverses = tuple(preconditioner.inverses(memory, level.damping))
+        direction = apply_blocks(_grouped(blocks, inverses), updates)
         seen = keep_unmasked(updates, observation.params) if marks else observation.params
         context = Context(updates, seen, observation, level.damping, blocks)
         direction, scaled = scaling.apply(state.solution, direction, context)
@@ -161,10 +165,16 @@ def precondition(
     return method
 
 
-def _check_blocks(blocks: tuple[Block, ...], memory: Memory) -> None:
-    here, there = {block.path for block in blocks}, set(memory)
-    if here != there:
+def _grouped(
+    blocks: tuple[Block, ...],
+    inverses: tuple[tuple[tuple[str, ...], AbstractBlockMatrix], ...],
+) -> list[tuple[list[Block], AbstractBlockMatrix]]:
+    """The blocks with their inverses."""
+    here = {block.path: block for block in blocks}
+    there = {path for paths, _ in inverses for path in paths}
+    if set(here) != there:
         raise ValueError(
             f"batch: the model uses its parameters otherwise than on the objective's example: "
-            f"blocks {sorted(here ^ there)} are in one but not in the other."
+            f"blocks {sorted(set(here) ^ there)} are in one but not in the other."
         )
+    return [([here[path] for path in paths], inverse) for paths, inverse in inverses]

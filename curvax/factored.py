@@ -3,8 +3,9 @@ many steps, and applied in all.
 """
 
 import abc
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
 from curvax import _tree
-from curvax._linalg import matmul, transposed
+from curvax._linalg import joined, matmul, transposed
 from curvax.blockwise import AbstractBlockPreconditioner, Memory
 from curvax.damping import AbstractFactorDamping
 from curvax.objective import Params
-from curvax.operators.factors import DiagonalFactor, spectra
+from curvax.operators.factors import AbstractFactor, DiagonalFactor, spectra
 from curvax.operators.kronecker import AbstractBlockMatrix, Entries, Product, Rotated
 from curvax.plan import Observation, Requirement
 from curvax.plan.moments import BlockMoments, Recipe
@@ -30,23 +31,49 @@ from curvax.refresh import (
     refresh,
     weight_of_past,
 )
-from curvax.taps.blocks import Block, DiagonalBlock, Form, KroneckerBlock
+from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock
+from curvax.taps.statistics import Moment
 
-# One factor of a state: the path of its block, and "input" or "output".
+# The path of each block of a memory, and how many entries of its stack are its own.
+Parts = tuple[tuple[str, int], ...]
+# One factor of a state: the name of its memory, and "input" or "output".
 Place = tuple[str, str]
 
 
-class KroneckerMemory(NamedTuple):
-    """The factors of one Kronecker block. `refreshed` is the step of the last refresh, −1
-    before the first.
+class AbstractMemory(eqx.Module):
+    """What a state keeps of blocks of equal form, in one stack.
+
+    It goes by the path of the first. All arrays have the stack in front, but for `refreshed`, the
+    step of the last refresh, −1 before the first.
     """
+
+    refreshed: eqx.AbstractVar[Int[Array, ""]]
+    parts: eqx.AbstractVar[Parts]
+
+    def with_(self, **fields: Any) -> Any:
+        """With other arrays in some fields."""
+        return dataclasses.replace(self, **fields)
+
+    def split(self) -> Iterator[tuple[str, Any]]:
+        """The memory of each block by itself, with its path."""
+        start = 0
+        for path, count in self.parts:
+            span = slice(start, start + count)
+            own = jax.tree.map(lambda array, span=span: array[span] if array.ndim else array, self)
+            yield path, own.with_(parts=((path, count),))
+            start += count
+
+
+class KroneckerMemory(AbstractMemory):
+    """The factors of Kronecker blocks."""
 
     input: FactorMemory
     output: FactorMemory
     refreshed: Int[Array, ""]
+    parts: Parts = eqx.field(static=True)
 
 
-class EigenMemory(NamedTuple):
+class EigenMemory(AbstractMemory):
     """Factors, their eigenbases, and the second moments of gradients in those."""
 
     input: FactorMemory
@@ -54,17 +81,22 @@ class EigenMemory(NamedTuple):
     input_basis: Float[Array, "stack in in"] | None
     output_basis: Float[Array, "stack out out"] | None
     scales: Float[Array, "stack out in"]
-    updates: Int[Array, ""]
+    updates: Int[Array, " stack"]
     refreshed: Int[Array, ""]
+    parts: Parts = eqx.field(static=True)
 
 
-class DiagonalMemory(NamedTuple):
-    """The moving average of a diagonal block, of the shape of its leaf."""
+class DiagonalMemory(AbstractMemory):
+    """The moving averages of diagonal blocks, each of the shape of its leaf, and what is added to
+    them before they are inverted: one number for each layer of a scanned leaf.
+    """
 
     entries: Array
-    updates: Int[Array, ""]
-    failures: Int[Array, ""]
+    shift: Array
+    updates: Int[Array, " stack"]
+    failures: Int[Array, " stack"]
     refreshed: Int[Array, ""]
+    parts: Parts = eqx.field(static=True)
 
 
 class _Factors(AbstractBlockPreconditioner):
@@ -85,25 +117,30 @@ class _Factors(AbstractBlockPreconditioner):
 
     def init(self, blocks: tuple[Block, ...], params: Params) -> Memory:
         leaves = jax.tree.leaves(params)
+        alike: dict[Any, list[Block]] = {}
+        for quantity, _ in self._slots():
+            for block in quantity.mine(blocks):
+                alike.setdefault((quantity.slot, _form(block, leaves)), []).append(block)
         memory: Memory = {}
-        for number, block in enumerate(blocks):
-            leaf = leaves[block.leaf]
+        for number, group in enumerate(alike.values()):
+            first, leaf = group[0], leaves[group[0].leaf]
             dtype = _tree.accumulation_dtype(leaf.dtype)
-            if isinstance(block, DiagonalBlock):
-                zero = lambda: jnp.zeros((), jnp.int32)
-                entries = jnp.zeros(leaf.shape, dtype)
-                memory[block.path] = DiagonalMemory(entries, zero(), zero(), never())
-            else:
-                input, output = (
-                    first_factor(form, block.stack, dtype, 2 * number + side)
-                    for side, form in enumerate((block.input, block.output))
-                )
-                memory[block.path] = self._first(block, input, output)
+            if isinstance(first, DiagonalBlock):
+                parts = tuple((block.path, 1) for block in group)
+                memory[first.path] = _first_diagonal(first, parts, leaf, dtype)
+                continue
+            parts = tuple((block.path, block.stack) for block in cast(list[KroneckerBlock], group))
+            stack = sum(count for _, count in parts)
+            input, output = (
+                first_factor(form, stack, dtype, 2 * number + side)
+                for side, form in enumerate((first.input, first.output))
+            )
+            memory[first.path] = self._first(input, output, parts)
         return memory
 
     @abc.abstractmethod
-    def _first(self, block: KroneckerBlock, input: FactorMemory, output: FactorMemory) -> Any:
-        """The state of a block before anything was measured, around that of its factors."""
+    def _first(self, input: FactorMemory, output: FactorMemory, parts: Parts) -> Any:
+        """The memory of Kronecker blocks before anything was measured, around their factors."""
 
     def _slots(self) -> list[tuple[BlockMoments, int]]:
         """The quantity of each slot, and the step of a cycle that it is due on."""
@@ -132,36 +169,30 @@ class _Factors(AbstractBlockPreconditioner):
             due = observation.due(quantity)
             if due is False:
                 continue
-            mine = quantity.mine(blocks)
+            mine = {block.path for block in quantity.mine(blocks)}
+            stale = {name: each for name, each in new.items() if name in mine}
             moments = observation[quantity]
-            fresh = lambda new=new, mine=mine, moments=moments: self._refreshed(
-                {b.path: new[b.path] for b in mine}, mine, moments, damping, count
+            fresh = lambda stale=stale, moments=moments: self._refreshed(
+                stale, moments, damping, count
             )
             if due is True:
                 new = new | fresh()
             else:
-                stale = {b.path: new[b.path] for b in mine}
                 new = new | jax.lax.cond(due, fresh, lambda stale=stale: stale)
         return new
 
-    def _refreshed(
-        self,
-        memory: Memory,
-        blocks: tuple[Block, ...],
-        moments: Any,
-        damping: Scalar,
-        count: Array,
-    ) -> Memory:
-        kronecker = [b.path for b in blocks if isinstance(b, KroneckerBlock)]
+    def _refreshed(self, memory: Memory, moments: Any, damping: Scalar, count: Array) -> Memory:
+        kronecker = [n for n, each in memory.items() if not isinstance(each, DiagonalMemory)]
         sides = ["input"] if self.recipe.fisher == "forward_only" else ["input", "output"]
-        places = [(path, side) for side in sides for path in kronecker]
-        updated = refresh(_at(memory, places), _at(moments, places), self.decay)
+        places = [(name, side) for side in sides for name in kronecker]
+        measured = [_measured(memory[name], moments, side) for name, side in places]
+        updated = refresh(_at(memory, places), measured, self.decay)
         new = self._finish(memory, _replaced(memory, places, updated), places, damping)
-        for block in blocks:
-            if isinstance(block, DiagonalBlock):
-                new[block.path] = self._diagonal(memory[block.path], moments[block.path])
+        for name, each in memory.items():
+            if isinstance(each, DiagonalMemory):
+                new[name] = self._diagonal(each, moments, damping)
         # An array of its own for each: a buffer that stands twice in a state cannot be donated.
-        return {path: each._replace(refreshed=count + 0) for path, each in new.items()}
+        return {name: each.with_(refreshed=count + 0) for name, each in new.items()}
 
     @abc.abstractmethod
     def _finish(
@@ -173,34 +204,40 @@ class _Factors(AbstractBlockPreconditioner):
     ) -> Memory:
         """Inverses or eigenbases of the factors that came anew, at those places."""
 
-    def _diagonal(self, memory: DiagonalMemory, moment: Array) -> DiagonalMemory:
+    def _diagonal(self, memory: DiagonalMemory, moments: Any, damping: Scalar) -> DiagonalMemory:
         if self.recipe.fisher == "forward_only":
             return memory
-        past = weight_of_past(self.decay, memory.updates, moment.dtype)
+        moment = _tree.stacked([moments[path] for path, _ in memory.parts])
         old = memory.entries
+        past = weight_of_past(self.decay, memory.updates, moment.dtype)
+        past = past.reshape(past.shape + (1,) * (old.ndim - 1))
         entries = (past * old + (1 - past) * moment).astype(old.dtype)
-        ok = jnp.all(jnp.isfinite(entries))
-        return memory._replace(
-            entries=jnp.where(ok, entries, old),
+        shift_of = lambda each: jnp.asarray(self.split.diagonal(damping, each), each.dtype)
+        for _ in range(memory.shift.ndim):
+            shift_of = jax.vmap(shift_of)
+        ok = finite_each(entries)
+        return memory.with_(
+            entries=pick(ok, entries, old),
+            shift=pick(ok, shift_of(entries), memory.shift),
             updates=memory.updates + ok.astype(jnp.int32),
             failures=memory.failures + (~ok).astype(jnp.int32),
         )
 
-    def inverse(self, memory: Memory, block: Block, damping: Scalar) -> AbstractBlockMatrix:
-        each = memory[block.path]
-        if not isinstance(block, DiagonalBlock):
-            return self._inverse(each, damping)
-
-        def shifted(entries: Array) -> Array:
-            return entries + jnp.asarray(self.split.diagonal(damping, entries), entries.dtype)
-
-        for _ in range(block.loops):  # each layer of a scanned leaf by itself
-            shifted = jax.vmap(shifted)
-        return Entries(jnp.where(each.updates > 0, 1 / shifted(each.entries), 1.0))
+    def inverses(
+        self, memory: Memory, damping: Scalar
+    ) -> Iterator[tuple[tuple[str, ...], AbstractBlockMatrix]]:
+        for each in memory.values():
+            paths = tuple(path for path, _ in each.parts)
+            if isinstance(each, DiagonalMemory):
+                inner = (1,) * (each.entries.ndim - each.shift.ndim)
+                shift = each.shift.reshape(each.shift.shape + inner)
+                yield paths, Entries(1 / (each.entries + shift))
+            else:
+                yield paths, self._inverse(each, damping)
 
     @abc.abstractmethod
     def _inverse(self, each: Any, damping: Scalar) -> AbstractBlockMatrix:
-        """The damped inverse of a Kronecker block."""
+        """The damped inverse of the Kronecker blocks of a memory."""
 
 
 class KroneckerPreconditioner(_Factors):
@@ -216,19 +253,17 @@ class KroneckerPreconditioner(_Factors):
     decay: float
     split: AbstractFactorDamping
 
-    def _first(
-        self, block: KroneckerBlock, input: FactorMemory, output: FactorMemory
-    ) -> KroneckerMemory:
-        del block
-        return KroneckerMemory(input, output, never())
+    def _first(self, input: FactorMemory, output: FactorMemory, parts: Parts) -> KroneckerMemory:
+        return KroneckerMemory(input=input, output=output, refreshed=never(), parts=parts)
 
     def bases(self, memory: Memory, rotated: bool) -> Mapping[str, Any]:
         del rotated
         sketched = lambda factor: getattr(factor, "basis", None)
         return {
-            path: (sketched(each.input.factor), sketched(each.output.factor))
-            for path, each in memory.items()
+            path: (sketched(own.input.factor), sketched(own.output.factor))
+            for each in memory.values()
             if isinstance(each, KroneckerMemory)
+            for path, own in each.split()
         }
 
     def _finish(
@@ -240,9 +275,9 @@ class KroneckerPreconditioner(_Factors):
     ) -> Memory:
         del old
         shifts: dict[Place, Array] = {}
-        for path in dict.fromkeys(path for path, _ in places):
-            both = new[path].input.factor, new[path].output.factor
-            shifts[path, "input"], shifts[path, "output"] = self.split.shifts(damping, *both)
+        for name in dict.fromkeys(name for name, _ in places):
+            both = new[name].input.factor, new[name].output.factor
+            shifts[name, "input"], shifts[name, "output"] = self.split.shifts(damping, *both)
         inverted = invert(_at(new, places), [shifts[place] for place in places])
         return _replaced(new, places, inverted)
 
@@ -273,36 +308,36 @@ class EigenPreconditioner(_Factors):
         rotated = Requirement(self._rotated(), "scales", self.refresh_every, after)
         return (*super().requirements(), rotated)
 
-    def _first(
-        self, block: KroneckerBlock, input: FactorMemory, output: FactorMemory
-    ) -> EigenMemory:
-        stack, dtype = block.stack, input.factor.trace().dtype
-        none = DiagonalFactor(jnp.zeros((stack, 0), dtype))  # the scales are inverted instead
+    def _first(self, input: FactorMemory, output: FactorMemory, parts: Parts) -> EigenMemory:
+        sizes, dtype = (output.factor.size, input.factor.size), input.factor.trace().dtype
+        stack = sum(count for _, count in parts)
+        # The scales are inverted instead of the factors.
+        nothing = lambda: DiagonalFactor(jnp.zeros((stack, 0), dtype))
 
-        def identity(form: Form) -> Array | None:
-            if form.kind == "diagonal":
+        def identity(factor: AbstractFactor) -> Array | None:
+            if isinstance(factor, DiagonalFactor):
                 return None
-            square = jnp.zeros((stack, form.size, form.size), dtype)
-            return square + jnp.eye(form.size, dtype=dtype)[None]
+            square = jnp.zeros((stack, factor.size, factor.size), dtype)
+            return square + jnp.eye(factor.size, dtype=dtype)[None]
 
         return EigenMemory(
-            input._replace(inverse=none),
-            output._replace(inverse=jax.tree.map(jnp.copy, none)),
-            identity(block.input),
-            identity(block.output),
-            jnp.ones((stack, block.output.size, block.input.size), dtype),
-            jnp.zeros((), jnp.int32),
-            never(),
+            input=input._replace(inverse=nothing()),
+            output=output._replace(inverse=nothing()),
+            input_basis=identity(input.factor),
+            output_basis=identity(output.factor),
+            scales=jnp.ones((stack, *sizes), dtype),
+            updates=jnp.zeros((stack,), jnp.int32),
+            refreshed=never(),
+            parts=parts,
         )
 
     def bases(self, memory: Memory, rotated: bool) -> Mapping[str, Any]:
-        kronecker = {p: m for p, m in memory.items() if isinstance(m, EigenMemory)}
-        if not rotated:
-            return {path: (None, None) for path in kronecker}
-        return {
-            path: (None, None, (each.input_basis, each.output_basis))
-            for path, each in kronecker.items()
-        }
+        found: dict[str, Any] = {}
+        for each in memory.values():
+            for path, own in each.split() if isinstance(each, EigenMemory) else ():
+                eigenbases = ((own.input_basis, own.output_basis),) if rotated else ()
+                found[path] = (None, None, *eigenbases)
+        return found
 
     def _finish(
         self,
@@ -312,15 +347,15 @@ class EigenPreconditioner(_Factors):
         damping: Scalar,
     ) -> Memory:
         del damping
-        paths = list(dict.fromkeys(path for path, _ in places))
-        sides = [(path, side) for path in paths for side in ("input", "output")]
+        names = list(dict.fromkeys(name for name, _ in places))
+        sides = [(name, side) for name in names for side in ("input", "output")]
         found = dict(zip(sides, spectra([each.factor for each in _at(new, sides)]), strict=True))
-        for path in paths:
-            was, now = old[path], new[path]
+        for name in names:
+            was, now = old[name], new[name]
             # Old moments in the new bases; the first time from the factors themselves.
             turned, values = was.scales, {}
             for side in ("output", "input"):
-                spectrum, before = found[path, side], getattr(was, f"{side}_basis")
+                spectrum, before = found[name, side], getattr(was, f"{side}_basis")
                 vectors, values[side] = spectrum.vectors, spectrum.values
                 if vectors is None:  # a diagonal has its basis already
                     continue
@@ -334,9 +369,9 @@ class EigenPreconditioner(_Factors):
                     turned = matmul(turned, transposed(overlap))
                 factor = getattr(now, side)
                 factor = counted(factor, factor.updates, ok)
-                now = now._replace(**{side: factor, f"{side}_basis": basis})
+                now = now.with_(**{side: factor, f"{side}_basis": basis})
             fresh = values["output"][:, :, None] * values["input"][:, None, :]
-            new[path] = now._replace(scales=jnp.where(was.updates > 0, turned, fresh))
+            new[name] = now.with_(scales=pick(was.updates > 0, turned, fresh))
         return new
 
     def update(
@@ -350,20 +385,21 @@ class EigenPreconditioner(_Factors):
         quantity = self._rotated()
         due = observation.due(quantity)
         if due is not False:
-            measured = lambda: self._measured(memory, observation[quantity])
+            measured = lambda: self._scaled(memory, observation[quantity])
             memory = measured() if due is True else jax.lax.cond(due, measured, lambda: memory)
         return super().update(memory, blocks, observation, damping, count)
 
-    def _measured(self, memory: Memory, moments: Any) -> Memory:
+    def _scaled(self, memory: Memory, moments: Any) -> Memory:
         new = dict(memory)
-        for path, each in memory.items():
+        for name, each in memory.items():
             if not isinstance(each, EigenMemory):
                 continue
-            past = weight_of_past(self.decay, each.updates, each.scales.dtype)
-            scales = past * each.scales + (1 - past) * moments[path].rotated
-            ready = jnp.all(jnp.isfinite(scales)) & (each.input.updates[0] > 0)
-            new[path] = each._replace(
-                scales=jnp.where(ready, scales, each.scales),
+            moment = joined([moments[path].rotated for path, _ in each.parts])
+            past = weight_of_past(self.decay, each.updates, each.scales.dtype)[:, None, None]
+            scales = past * each.scales + (1 - past) * moment
+            ready = finite_each(scales) & (each.input.updates > 0)
+            new[name] = each.with_(
+                scales=pick(ready, scales, each.scales),
                 updates=each.updates + ready.astype(jnp.int32),
             )
         return new
@@ -371,20 +407,46 @@ class EigenPreconditioner(_Factors):
     def _inverse(self, each: EigenMemory, damping: Scalar) -> Rotated:
         scales = each.scales
         shift = jax.vmap(lambda s: jnp.asarray(self.split.diagonal(damping, s), s.dtype))(scales)
-        inverse = jnp.where(each.input.updates[0] > 0, 1 / (scales + shift[:, None, None]), 1.0)
+        inverse = pick(each.input.updates > 0, 1 / (scales + shift[:, None, None]), 1.0)
         return Rotated(each.output_basis, each.input_basis, inverse)
 
 
+def _first_diagonal(block: DiagonalBlock, parts: Parts, leaf: Any, dtype: Any) -> DiagonalMemory:
+    stack = len(parts)
+    return DiagonalMemory(
+        entries=jnp.zeros((stack, *leaf.shape), dtype),
+        shift=jnp.ones((stack, *leaf.shape[: block.loops]), dtype),
+        updates=jnp.zeros((stack,), jnp.int32),
+        failures=jnp.zeros((stack,), jnp.int32),
+        refreshed=never(),
+        parts=parts,
+    )
+
+
+def _form(block: Block, leaves: list[Any]) -> Hashable:
+    """What blocks have in common that are kept, refreshed and applied in one stack."""
+    dtypes = tuple(leaves[leaf].dtype for leaf in block.leaves)
+    if isinstance(block, DiagonalBlock):
+        return leaves[block.leaf].shape, block.loops, dtypes
+    return block.input, block.output, block.flipped, dtypes
+
+
+def _measured(each: Any, moments: Mapping[str, Any], side: str) -> Moment:
+    """One side of the moments of all blocks of a memory."""
+    own = [getattr(moments[path], side) for path, _ in each.parts]
+    return jax.tree.map(lambda *stacks: joined(stacks), *own)
+
+
 def _at(tree: Mapping[str, Any], places: list[Place]) -> list[Any]:
-    """What a state, or moments, have at some places."""
-    return [getattr(tree[path], side) for path, side in places]
+    """What a state has at some places."""
+    return [getattr(tree[name], side) for name, side in places]
 
 
 def _replaced(memory: Memory, places: list[Place], factors: list[FactorMemory]) -> Memory:
     """The state with other factors at those places."""
     new = dict(memory)
-    for (path, side), factor in zip(places, factors, strict=True):
-        new[path] = new[path]._replace(**{side: factor})
+    for (name, side), factor in zip(places, factors, strict=True):
+        new[name] = new[name].with_(**{side: factor})
     return new
 
 

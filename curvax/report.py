@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from curvax._tables import table
-from curvax.factored import DiagonalMemory, EigenMemory, KroneckerMemory
+from curvax.factored import AbstractMemory, DiagonalMemory
 from curvax.operators.factors import AbstractFactor, DenseFactor, LowRankFactor
 from curvax.refresh import FactorMemory
 from curvax.taps import blocks
@@ -109,8 +109,9 @@ def factor_report(state: Any, share: float = 0.99) -> FactorReport:
     found: list[FactorSummary] = []
     for method in method_states(state):
         memory = method.preconditioner
-        for path, each in memory.items() if isinstance(memory, dict) else ():
-            found.extend(_summaries(path, each, int(method.count), share))
+        for each in memory.values() if isinstance(memory, dict) else ():
+            for path, own in each.split() if isinstance(each, AbstractMemory) else ():
+                found.extend(_summaries(path, own, int(method.count), share))
     if not found:
         raise ValueError(
             "state: got none of a method with Kronecker factors, wanted that of kfac, ekfac or "
@@ -120,12 +121,10 @@ def factor_report(state: Any, share: float = 0.99) -> FactorReport:
 
 
 def _summaries(path: str, each: Any, count: int, share: float) -> Iterator[FactorSummary]:
-    if not isinstance(each, KroneckerMemory | EigenMemory | DiagonalMemory):
-        return
     refreshed = int(each.refreshed)
     age = None if refreshed < 0 else count - 1 - refreshed
     if isinstance(each, DiagonalMemory):
-        counters = int(each.updates), int(each.failures)
+        counters = int(each.updates[0]), int(each.failures[0])
         yield FactorSummary(path, "entries", 1, None, None, None, *counters, age)
         return
     for side in ("input", "output"):

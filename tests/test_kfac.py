@@ -12,6 +12,7 @@ import pytest
 
 import curvax as cx
 from curvax import _tree
+from curvax.plan.moments import Recipe
 from tests import oracles, problems, zoo
 from tests.problems import avals
 
@@ -514,7 +515,11 @@ def test_rms_of_tables_and_tied_weights():
             np.testing.assert_allclose(jnp.mean(jnp.square(update)), square, rtol=1e-5)
 
 
-def test_scanned_layers_have_the_step_of_unrolled_ones():
+@pytest.mark.parametrize(
+    "name, options", [("kfac", {"rank": None}), ("kfac", {"rank": 2}), ("ekfac", {})]
+)
+def test_scanned_layers_have_the_step_of_unrolled_ones(name, options, monkeypatch):
+    monkeypatch.setattr("curvax.taps.blocks.WHOLE", 1)
     rng = np.random.default_rng(0)
     array = lambda *shape: jnp.asarray(rng.standard_normal(shape))
     stacked = {"w": array(3, 4, 4), "b": array(3, 4), "scale": 1 + array(3, 4)}
@@ -530,13 +535,43 @@ def test_scanned_layers_have_the_step_of_unrolled_ones():
             x = layer(x, p)
         return x
 
-    moved = []
+    moved, states = [], []
     for predict, params in ((looped, stacked), (unrolled, apart)):
         objective = cx.Objective(predict, cx.SquaredError(), example=batch)
-        method = cx.methods.kfac(objective, rank=None, fisher="exact")
+        method = getattr(cx.methods, name)(objective, fisher="exact", refresh_every=2, **options)
         step = cx.make_step(optax.chain(method, optax.scale(-0.1)), method)
-        moved.append(step(params, step.init(params), batch)[0])
+        state = step.init(params)
+        for _ in range(4):
+            params, state, _ = step(params, state, batch)
+        moved.append(params)
+        states.append(state.optimizer[0].preconditioner)
     close(moved[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved[1]), rtol=1e-9)
+    # Blocks of equal form are one stack, whether the model makes one of them or not.
+    assert set(states[0]) == {"['w']", "['scale']"}
+    assert set(states[1]) == {"[0]['w']", "[0]['scale']"}
+    assert states[1]["[0]['w']"].parts == tuple((f"[{i}]['w']", 1) for i in range(3))
+    assert {row.path for row in cx.factor_report(state)} == {
+        f"[{i}]['{leaf}']" for i in range(3) for leaf in ("w", "scale")
+    }
+
+
+def test_a_bad_moment_leaves_the_others_of_its_stack():
+    params = [{"scale": jnp.ones(3)} for _ in range(3)]
+    objective = cx.Objective(
+        lambda params, x: x * params[0]["scale"] * params[1]["scale"] + params[2]["scale"],
+        cx.SquaredError(),
+        example=(jnp.ones((2, 3)), jnp.ones((2, 3))),
+    )
+    recipe = Recipe(fisher="empirical")
+    part = cx.KroneckerPreconditioner(recipe, 1, 1, 0.9, cx.RelativeTikhonov())
+    memory = part.init(recipe.blocks(objective, params, objective.inputs)[1], params)
+    (name,) = memory
+    moments = {f"[{i}]['scale']": jnp.full(3, value) for i, value in enumerate((2.0, jnp.nan, 4.0))}
+    new = part._refreshed(memory, moments, jnp.asarray(0.5), jnp.asarray(7))[name]
+    assert new.updates.tolist() == [1, 0, 1] and new.failures.tolist() == [0, 1, 0]
+    ((paths, inverse),) = part.inverses({name: new}, jnp.asarray(0.5))
+    assert list(paths) == list(moments) and int(new.refreshed) == 7
+    np.testing.assert_allclose(inverse.entries[:, 0], [1 / 3, 1, 1 / 6])
 
 
 def test_grafted_has_the_norms_of_adam():

@@ -41,7 +41,7 @@ def with_input(state, path, **factor):
     block = method.preconditioner[path]
     held = block.input.factor
     held = type(held)(**({k: getattr(held, k) for k in ("basis", "core", "tail")} | factor))
-    block = block._replace(input=block.input._replace(factor=held))
+    block = block.with_(input=block.input._replace(factor=held))
     memory = method.preconditioner | {path: block}
     return state._replace(optimizer=(method._replace(preconditioner=memory), *state.optimizer[1:]))
 
@@ -109,7 +109,7 @@ def test_updates_failures_and_ages():
     assert row(report, "['w2']", "entries").form is None
     method = state.optimizer[0]
     block = method.preconditioner["['w1']"]
-    failed = block._replace(output=block.output._replace(failures=jnp.asarray([3], jnp.int32)))
+    failed = block.with_(output=block.output._replace(failures=jnp.asarray([3], jnp.int32)))
     method = method._replace(preconditioner=method.preconditioner | {"['w1']": failed})
     assert row(cx.factor_report(method), "['w1']", "output").failures == 3
 

@@ -50,7 +50,9 @@ class AbstractBlockOperator(AbstractSymmetricOperator):
 
     def mv(self, vector: Params) -> Params:
         check_structure("vector", vector, self.in_structure())
-        return apply_blocks(self.blocks, self.matrices, vector)
+        stacks = (Entries(m.entries[None]) if isinstance(m, Entries) else m for m in self.matrices)
+        alone = ((block,) for block in self.blocks)
+        return apply_blocks(zip(alone, stacks, strict=True), vector)
 
     def inverse(self, damping: ScalarLike = 0.0, how: DampedInverse = "exact") -> "BlockOperator":
         """(B + damping·I)⁻¹, for instance as a preconditioner of [`CG`][curvax.CG].

@@ -5,7 +5,8 @@ rows: its product with V is G V A (Martens & Grosse 2015, section 4.2).
 """
 
 import abc
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, cast
 
 import equinox as eqx
 import jax
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from curvax import _tree
-from curvax._linalg import applied, transposed
+from curvax._linalg import applied, joined, spans, transposed
 from curvax.objective import Params
 from curvax.operators.factors import (
     AbstractFactor,
     Spectrum,
     sandwich,
 )
-from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock
+from curvax.taps.blocks import Block, KroneckerBlock
 
 Matrices = Float[Array, "stack out in"]
 DampedInverse = Literal["exact", "pi", "per_factor"]
@@ -31,6 +32,16 @@ class AbstractBlockMatrix(eqx.Module):
 
     @abc.abstractmethod
     def mv(self, v: Array) -> Array: ...
+
+    def apply(
+        self, v: Array, bias: Array | None, flipped: bool = False
+    ) -> tuple[Array, Array | None]:
+        """The product with a weight and its bias, apart; `flipped` as of `sandwich`."""
+        turn = transposed if flipped else lambda a: a
+        if bias is None:
+            return turn(self.mv(turn(v))), None
+        whole = self.mv(jnp.concatenate([turn(v), bias.astype(v.dtype)], axis=-1))
+        return turn(whole[..., :-1]), whole[..., -1:]
 
     @abc.abstractmethod
     def inverse(self, damping: Scalar, how: DampedInverse) -> "AbstractBlockMatrix":
@@ -64,7 +75,6 @@ class Product(AbstractBlockMatrix):
     def apply(
         self, v: Array, bias: Array | None, flipped: bool = False
     ) -> tuple[Array, Array | None]:
-        """The product with a weight and its bias, apart; `flipped` as of `sandwich`."""
         dtype = self.output.trace().dtype
         return sandwich(self.output, v.astype(dtype), self.input, bias, flipped=flipped)
 
@@ -180,7 +190,7 @@ class Rotated(AbstractBlockMatrix):
 
 
 class Entries(AbstractBlockMatrix):
-    """A diagonal block, in the shape of its leaf."""
+    """A diagonal block, in the shape of its leaf (in a stack of them: with one axis in front)."""
 
     entries: Array
 
@@ -259,27 +269,40 @@ def put_back(
 
 
 def apply_blocks(
-    blocks: tuple[Block, ...], matrices: tuple[AbstractBlockMatrix, ...], vector: Params
+    groups: Iterable[tuple[Sequence[Block], AbstractBlockMatrix]], vector: Params
 ) -> Params:
-    """The product of a block-diagonal operator with a vector."""
+    """The product of a block-diagonal operator with a vector: the matrices of several blocks of
+    equal form are one stack.
+    """
     leaves, treedef = jax.tree.flatten(vector)
     results: list[Array | None] = [None] * len(leaves)
-    for block, matrix in zip(blocks, matrices, strict=True):
-        if isinstance(block, DiagonalBlock):
-            parts = {block.leaf: matrix.mv(leaves[block.leaf])}
-        elif isinstance(matrix, Product):
-            weight, bias = take_apart(block, leaves)
-            # As the weight lies in memory: XLA undoes the transpose that its view made.
-            turn = transposed if block.flipped else lambda a: a
-            weight, bias = matrix.apply(turn(weight), bias, block.flipped)
-            parts = put_back(block, turn(weight), bias, leaves)
-        else:
-            parts = disarrange(block, matrix.mv(arrange(block, leaves)), leaves)
-        for leaf, part in parts.items():
+    for blocks, matrix in groups:
+        for leaf, part in _products(blocks, matrix, leaves):
             before = results[leaf]
             part = part.astype(leaves[leaf].dtype)
             results[leaf] = part if before is None else before + part
     return jax.tree.unflatten(treedef, results)
+
+
+def _products(
+    blocks: Sequence[Block], matrix: AbstractBlockMatrix, leaves: list[Array]
+) -> Iterator[tuple[int, Array]]:
+    """The parts of the product that belong to some leaves."""
+    if isinstance(matrix, Entries):
+        for block, entries in zip(blocks, matrix.entries, strict=True):
+            yield block.leaf, Entries(entries).mv(leaves[block.leaf])
+        return
+    kronecker = cast(Sequence[KroneckerBlock], blocks)
+    weights, biases = zip(*(take_apart(block, leaves) for block in kronecker), strict=True)
+    # As weights lie in memory: XLA undoes the transpose that their view made.
+    flipped = kronecker[0].flipped
+    turn = transposed if flipped else lambda a: a
+    whole = None if biases[0] is None else joined(biases)
+    weight, bias = matrix.apply(turn(joined(weights)), whole, flipped)
+    weight = turn(weight)
+    for block, span in zip(kronecker, spans(weights), strict=True):
+        own = None if bias is None else bias[span]
+        yield from put_back(block, weight[span], own, leaves).items()
 
 
 def _with_tail(spectrum: Spectrum) -> Array:
