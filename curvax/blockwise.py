@@ -12,9 +12,11 @@ import equinox as eqx
 from jaxtyping import Array, Int, PRNGKeyArray, Scalar, ScalarLike
 
 from curvax import _tree
+from curvax._binding import bound_objective
+from curvax._masked import keep_unmasked
 from curvax.damping import AbstractDamping, as_damping
 from curvax.masking import first_blocks, hidden, later_blocks, visible
-from curvax.objective import Batch, Objective, Params, bound_objective, keep_unmasked
+from curvax.objective import Batch, Objective, Params
 from curvax.operators.kronecker import AbstractBlockMatrix, apply_blocks
 from curvax.plan import (
     AbstractCurvatureQuantity,

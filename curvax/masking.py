@@ -14,7 +14,9 @@ import jax
 import optax
 
 from curvax import _tree
-from curvax.objective import Objective, Params, bound_params, is_masked, is_masked_tree
+from curvax._binding import bound_params
+from curvax._masked import is_masked, is_masked_tree
+from curvax.objective import Objective, Params
 from curvax.plan import Observation
 from curvax.plan.moments import BlockMoments, Recipe
 from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock

@@ -4,19 +4,17 @@ Everything that curvax derives (gradients, curvature products, statistics) is de
 [`Objective`][curvax.Objective], and every scale is declared here, once.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
+from curvax._masked import Embedded, is_masked, keep_unmasked, unmask
 from curvax.losses import AbstractLoss
 
 # Leaves are JAX arrays, NumPy's, or their shapes where nothing is computed.
@@ -60,54 +58,6 @@ class Linearisation(eqx.Module):
         kept = keep_unmasked(template, self.params)
         tangent = Embedded(self.tangent, _tree.structure(self.params))
         return Linearisation(kept, self.outputs, self.targets, self.coefficients, tangent)
-
-
-class Embedded(eqx.Module):
-    """A linear map of all parameters, as one of those that are not masked."""
-
-    function: Callable[[Params], Any]
-    structure: tuple[tuple[jax.ShapeDtypeStruct, ...], Any] = eqx.field(static=True)
-
-    def __init__(self, function: Callable[[Params], Any], structure: PyTree[jax.ShapeDtypeStruct]):
-        self.function = function
-        self.structure = _tree.freeze(structure)
-
-    def __call__(self, kept: Params) -> Any:
-        return self.function(fill_masked(kept, _tree.thaw(self.structure)))
-
-
-def fill_masked(tree: Params, whole: PyTree[jax.ShapeDtypeStruct]) -> Params:
-    """`tree` with zeros, of the structure `whole`, in place of each `MaskedNode`."""
-
-    def fill(leaf: Any, struct: Any) -> Any:
-        if not is_masked(leaf):
-            return leaf
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
-
-    return jax.tree.map(fill, tree, whole, is_leaf=is_masked)
-
-
-def is_masked(leaf: Any) -> bool:
-    return isinstance(leaf, optax.MaskedNode)
-
-
-def _keep(template: Any, leaf: Any) -> Any:
-    return template if is_masked(template) else leaf
-
-
-def keep_unmasked(template: PyTree[Any], tree: PyTree[Any]) -> PyTree[Any]:
-    """The leaves of `tree` that `template` does not mask; `MaskedNode` in place of the others."""
-    return jax.tree.map(_keep, template, tree, is_leaf=is_masked)
-
-
-def is_masked_tree(tree: PyTree[Any]) -> bool:
-    """Whether `optax.masked` or `optax.partition` took leaves out of a tree."""
-    return any(is_masked(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_masked))
-
-
-def unmask(tree: PyTree[Any]) -> PyTree[Any]:
-    """`tree` with None, Equinox's word for an absent leaf, in place of each `MaskedNode`."""
-    return jax.tree.map(lambda t: None if is_masked(t) else t, tree, is_leaf=is_masked)
 
 
 def share(weight: Array, total: Array) -> Array:
@@ -487,34 +437,6 @@ class Objective(eqx.Module):
             return jax.vmap(lambda u: self.pull_back_example(params, x, u, key))(cotangents)
 
         return jax.vmap(one, (0, 1, 0))(x, cotangents, self.example_keys(x, key))
-
-
-_bound: ContextVar[tuple[Objective, Params] | None] = ContextVar("bound", default=None)
-
-
-@contextlib.contextmanager
-def binding(objective: Objective, params: Params) -> Iterator[None]:
-    """Lets `init` of a transformation, which sees parameters alone (or, under a mask, a part of
-    them), know what a model has besides: the functions and sizes of the one that its state is made
-    for, and all of its parameters.
-    """
-    token = _bound.set((objective, params))
-    try:
-        yield
-    finally:
-        _bound.reset(token)
-
-
-def bound_objective() -> Objective | None:
-    """The objective of the surrounding `binding`, if there is one."""
-    bound = _bound.get()
-    return None if bound is None else bound[0]
-
-
-def bound_params() -> Params | None:
-    """The parameters of the surrounding `binding`, if there is one."""
-    bound = _bound.get()
-    return None if bound is None else bound[1]
 
 
 def _without_masked(example: Example) -> Example:

@@ -10,7 +10,8 @@ import lineax as lx
 from jaxtyping import Array, Scalar
 
 from curvax import _tree
-from curvax.objective import Params, keep_unmasked
+from curvax._masked import keep_unmasked
+from curvax.objective import Params
 from curvax.operators import Diagonal
 from curvax.plan.plan import Observation, Requirement
 from curvax.plan.quantities import AbstractQuantity, BartlettDiagonal

@@ -15,7 +15,8 @@ import optax
 from jaxtyping import Array, Float, Int, Scalar, ScalarLike
 
 from curvax import _tree
-from curvax.objective import Params, is_masked_tree
+from curvax._masked import is_masked_tree
+from curvax.objective import Params
 from curvax.operators.kronecker import arrange, disarrange
 from curvax.plan.plan import Observation, Requirement
 from curvax.plan.quantities import AbstractCurvatureQuantity, GaussNewtonCurvature

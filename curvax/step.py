@@ -11,7 +11,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from curvax import _tree
-from curvax.objective import Batch, Params, binding, is_array
+from curvax._binding import binding
+from curvax.objective import Batch, Params, is_array
 from curvax.plan import GainRatio, Observation
 from curvax.plan.plan import Due
 from curvax.transform import (

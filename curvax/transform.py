@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar, Sca
 
 from curvax import _tree
 from curvax._convolution import loop_safe
+from curvax._masked import fill_masked, is_masked_tree
 from curvax.damping import AbstractDamping, DampingState, Gain, as_damping
-from curvax.objective import Batch, Objective, Params, fill_masked, is_masked_tree
+from curvax.objective import Batch, Objective, Params
 from curvax.operators import AbstractCurvature, AbstractOutputCurvature, Damped
 from curvax.operators.algebra import quadratic_form
 from curvax.plan import AbstractCurvatureQuantity, GainRatio, Observation, Plan, Requirement

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
-from curvax.objective import Batch, Embedded, Linearisation, Objective, Params, keep_unmasked
+from curvax._masked import Embedded, keep_unmasked
+from curvax.objective import Batch, Linearisation, Objective, Params
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator, Transpose
 from curvax.operators.metric import AbstractOutputMetric, LossMetric, ScoreMetric
 from curvax.operators.rows import row_gram

@@ -6,7 +6,8 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
-from curvax.objective import Batch, Objective, Params, is_masked
+from curvax._masked import is_masked
+from curvax.objective import Batch, Objective, Params
 from curvax.plan.quantities import AbstractQuantity, Scope
 from curvax.taps.blocks import Block, KroneckerBlock, find_blocks, input_side
 from curvax.taps.moments import FisherKind, Moments, collect_moments, tapped_pass
