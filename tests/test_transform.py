@@ -547,6 +547,7 @@ SHARDED = """
     jax.config.update("jax_enable_x64", True)
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     import curvax as cx
+    from curvax import _tree
     from tests.problems import METHODS, CG_METHODS, avals, make_method, problem
 
     assert len(jax.devices()) == 4
@@ -585,6 +586,15 @@ SHARDED = """
             tol = 1e-10 if a.dtype == jnp.float64 else 1e-5
             np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tol, atol=tol)
         assert int(state.skipped) == 0
+
+    # Leaves of one shape that are split along different axes are summed over without a gather.
+    specs = [P("data", None), P(None, "data"), P(), P("data", None)]
+    for mesh in meshes.values():
+        with jax.set_mesh(mesh):
+            leaves = [jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, s)) for s in specs]
+            sums = jax.jit(lambda leaves: (_tree.norm(leaves), _tree.all_finite(leaves)))
+            program = sums.lower(leaves).compile().as_text()
+            assert "all-reduce" in program and "all-gather" not in program, program
 
     for name in METHODS:
         options = {"damping": cx.LevenbergMarquardt(4.0)}
