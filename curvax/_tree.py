@@ -123,12 +123,6 @@ def structure(a: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     return jax.eval_shape(lambda: a)
 
 
-def types(a: PyTree[Any]) -> Hashable:
-    """What `a` has in common with a tree of the same structure, shapes, dtypes and shardings."""
-    leaves, treedef = jax.tree.flatten(a)
-    return treedef, tuple(jax.typeof(leaf) for leaf in leaves)
-
-
 def freeze(structs: PyTree[Any]) -> tuple[tuple[Any, ...], Any]:
     """A tree of shapes as a hashable value, for static fields; `thaw` is the inverse."""
     leaves, treedef = jax.tree.flatten(structs)
