@@ -53,6 +53,10 @@ class AbstractBlockPreconditioner(eqx.Module):
         """The state of the blocks before anything was observed."""
 
     @abc.abstractmethod
+    def paths(self, memory: Memory) -> frozenset[str]:
+        """The paths of the blocks that a state is of."""
+
+    @abc.abstractmethod
     def update(
         self,
         memory: Memory,
@@ -143,9 +147,12 @@ def precondition(
         level = damping.at(state.level, state.count)
         held, marks = visible(state.preconditioner), hidden(state.preconditioner)
         blocks = later_blocks(preconditioner.recipe, observation, updates, frozenset(marks))
+        _check_blocks(blocks, preconditioner.paths(held))
         memory = preconditioner.update(held, blocks, observation, level.damping, state.count)
-        inverses = tuple(preconditioner.inverses(memory, level.damping))
-        direction = apply_blocks(_grouped(blocks, inverses), updates)
+        at = {block.path: block for block in blocks}
+        inverses = preconditioner.inverses(memory, level.damping)
+        groups = (([at[path] for path in paths], inverse) for paths, inverse in inverses)
+        direction = apply_blocks(groups, updates)
         seen = keep_unmasked(updates, observation.params) if marks else observation.params
         context = Context(updates, seen, observation, level.damping, blocks)
         direction, scaled = scaling.apply(state.solution, direction, context)
@@ -167,16 +174,10 @@ def precondition(
     return method
 
 
-def _grouped(
-    blocks: tuple[Block, ...],
-    inverses: tuple[tuple[tuple[str, ...], AbstractBlockMatrix], ...],
-) -> list[tuple[list[Block], AbstractBlockMatrix]]:
-    """The blocks with their inverses."""
-    here = {block.path: block for block in blocks}
-    there = {path for paths, _ in inverses for path in paths}
-    if set(here) != there:
+def _check_blocks(blocks: tuple[Block, ...], there: frozenset[str]) -> None:
+    here = {block.path for block in blocks}
+    if here != there:
         raise ValueError(
             f"batch: the model uses its parameters otherwise than on the objective's example: "
-            f"blocks {sorted(set(here) ^ there)} are in one but not in the other."
+            f"blocks {sorted(here ^ there)} are in one but not in the other."
         )
-    return [([here[path] for path in paths], inverse) for paths, inverse in inverses]

@@ -142,6 +142,9 @@ class _Factors(AbstractBlockPreconditioner):
     def _first(self, input: FactorMemory, output: FactorMemory, parts: Parts) -> Any:
         """The memory of Kronecker blocks before anything was measured, around their factors."""
 
+    def paths(self, memory: Memory) -> frozenset[str]:
+        return frozenset(path for each in memory.values() for path, _ in each.parts)
+
     def _slots(self) -> list[tuple[BlockMoments, int]]:
         """The quantity of each slot, and the step of a cycle that it is due on."""
         slots = min(self.stagger, self.refresh_every)

@@ -555,6 +555,22 @@ def test_scanned_layers_have_the_step_of_unrolled_ones(name, options, monkeypatc
     }
 
 
+def test_a_batch_on_which_the_model_is_another():
+    """Where a bias is used once more, it is no part of its weight's block."""
+
+    def predict(params, x):
+        y = x @ params["w"].T + (params["b"] if x.ndim == 1 else params["b"][None])
+        return y if x.ndim == 1 else jnp.sum(y, axis=0) * params["b"]
+
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
+    target, gradient = jnp.ones((2, 3)), jax.tree.map(jnp.ones_like, params)
+    example = jnp.ones((2, 4)), target
+    method = cx.methods.kfac(cx.Objective(predict, cx.SquaredError(), example=example))
+    state, key = method.init(params), jax.random.key(0)
+    with pytest.raises(ValueError, match=r"otherwise than on the .* blocks \["):
+        method.update(gradient, state, params, batch=(jnp.ones((2, 5, 4)), target), key=key)
+
+
 def test_a_bad_moment_leaves_the_others_of_its_stack():
     params = [{"scale": jnp.ones(3)} for _ in range(3)]
     objective = cx.Objective(
