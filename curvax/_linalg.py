@@ -85,7 +85,7 @@ def gram(equation: str, x: Array) -> Array:
         return _accumulated(equation, x, x)
 
     exact = lambda x: einsum(equation, x, x)
-    if x.dtype != jnp.float32 or _is_old_gpu():
+    if x.dtype != jnp.float32 or is_old_gpu():
         return exact(x)
     return jax.lax.platform_dependent(x, cuda=rounded, default=exact)
 
@@ -96,7 +96,7 @@ def _by_device(products: Callable[..., Any], passes: Callable[..., Any], *operan
     whose kernels are faster.
     """
     exact = functools.partial(products, product=einsum)
-    if any(operand.dtype != jnp.float32 for operand in operands) or _is_old_gpu():
+    if any(operand.dtype != jnp.float32 for operand in operands) or is_old_gpu():
         return exact(*operands)
     if max(operand.size for operand in operands) <= _SMALL:
         three = functools.partial(jnp.einsum, precision=_THREE_PASSES)
@@ -115,7 +115,7 @@ def _apart(x: Array) -> tuple[Array, Array]:
 
 
 @functools.cache
-def _is_old_gpu() -> bool:
+def is_old_gpu() -> bool:
     """Whether a device is too old for bfloat16: XLA has no such product for it."""
     return any(float(getattr(device, "compute_capability", 8.0)) < 8 for device in jax.devices())
 
@@ -139,8 +139,8 @@ def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:
 
     def together(*group: Array) -> list[tuple[Array, Array]]:
         size = max(stack.shape[-1] for stack in group)
-        grown = joined([_grown(stack, size) for stack in group])
-        both = _factorised(grown, _triangular_inverse)
+        large = joined([grown(stack, size) for stack in group])
+        both = _factorised(large, _triangular_inverse)
         results = []
         for stack, span in zip(group, spans(group), strict=True):
             own = slice(stack.shape[-1])
@@ -187,7 +187,7 @@ def _in_groups(
     return results
 
 
-def _grown(stack: Array, size: int) -> Array:
+def grown(stack: Array, size: int) -> Array:
     """Each matrix in the corner of a larger one, the identity in the other."""
     more = size - stack.shape[-1]
     if not more:
@@ -241,7 +241,7 @@ def _triangular_inverse(lower: Array) -> Array:
     if size <= _LEAF:
         return _substituted(lower)
     if size % 2:
-        return _triangular_inverse(_grown(lower, size + 1))[:, :-1, :-1]
+        return _triangular_inverse(grown(lower, size + 1))[:, :-1, :-1]
     half = size // 2
     diagonal = [lower[:, :half, :half], lower[:, half:, half:]]
     first, second = jnp.split(_triangular_inverse(jnp.concatenate(diagonal)), 2)

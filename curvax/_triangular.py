@@ -7,7 +7,7 @@ longer than small blocks take, and for a stack perhaps for ever.
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from curvax._linalg import matmul, transposed
+from curvax._linalg import grown, matmul, transposed
 
 # Blocks of this size are multiplied whole,
 _BLOCK = 256
@@ -34,7 +34,7 @@ def solve_transposed(upper: Array, right: Array) -> Array:
     leaf = min(_LEAF, 1 << max(size - 1, 0).bit_length())
     starts = range(0, size, leaf)
     blocks = [upper[:, i : i + leaf, i : i + leaf] for i in starts]
-    blocks[-1] = _with_identity(blocks[-1], leaf)
+    blocks[-1] = grown(blocks[-1], leaf)
     inverses = _inverse(jnp.stack(blocks, axis=1).reshape(-1, leaf, leaf))
     inverses = transposed(inverses).reshape(count, len(starts), leaf, leaf)
 
@@ -77,10 +77,3 @@ def _assembled(first: Array, corner: Array, second: Array) -> Array:
     zeros = jnp.zeros_like(transposed(corner))
     left = jnp.concatenate([first, zeros], axis=1)
     return jnp.concatenate([left, jnp.concatenate([corner, second], axis=1)], axis=2)
-
-
-def _with_identity(upper: Array, size: int) -> Array:
-    """In the corner of a larger matrix, the identity in the other."""
-    have = upper.shape[-1]
-    rest = jnp.diag((jnp.arange(size) >= have).astype(upper.dtype))
-    return jnp.pad(upper, ((0, 0), (0, size - have), (0, size - have))) + rest[None]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ScalarLike
 
 from curvax import _tree
-from curvax._linalg import _is_old_gpu, transposed
+from curvax._linalg import is_old_gpu, transposed
 
 # Of a step X ↦ aX + (bA + cA²)X, A = XXᵀ (Jordan et al. 2024): a large slope at zero, and singular
 # values that end between about 0.7 and 1.2 instead of at 1.
@@ -51,7 +51,7 @@ def newton_schulz(
     x = transposed(x) if tall else x
     own = lambda x: _iterate(x, coefficients, eps, x.dtype if dtype is None else jnp.dtype(dtype))
     low = lambda x: _iterate(x, coefficients, eps, jnp.dtype(jnp.bfloat16))
-    if dtype is None and x.dtype == jnp.float32 and not _is_old_gpu():
+    if dtype is None and x.dtype == jnp.float32 and not is_old_gpu():
         x = jax.lax.platform_dependent(x, cpu=own, default=low)
     else:
         x = own(x)

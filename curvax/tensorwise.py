@@ -219,7 +219,7 @@ def tensorwise(
     ) -> tuple[Params, TensorwiseState]:
         given = updates
         if params is not None:  # a gradient of another dtype must not change that of the state
-            updates = _tree.cast(updates, jax.tree.map(_accumulated, params))
+            updates = _tree.cast(updates, _tree.widened(_tree.structure(params)))
         found, seen, unseen = _apart(layouts, updates)
         at = (None, None) if params is None else _apart(layouts, params)[1:]
         # No entry of a product of the gradient with itself is larger than its square norm, so that
@@ -289,10 +289,6 @@ def _directions(
     steps = [layout.join([next(ahead) for _ in layout.blocks]) for layout in found]
     tensors = {layout.path: tuple(next(kept) for _ in layout.blocks) for layout in found}
     return steps, tensors
-
-
-def _accumulated(leaf: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, _tree.accumulation_dtype(leaf.dtype))
 
 
 def _with_norms_of(layout: Layout, step: Array, like: Array) -> Array:

@@ -2,12 +2,7 @@
 
 import functools
 import itertools
-import os
-import pathlib
 import re
-import subprocess
-import sys
-import textwrap
 
 import equinox as eqx
 import jax
@@ -22,6 +17,7 @@ import curvax as cx
 from curvax import _basis
 from curvax.preconditioners.nystrom import sharpness, sketch_rank
 from curvax.scalings import Context
+from tests.devices import printed
 from tests.oracles import dense_gauss_newton, dense_hessian
 from tests.problems import avals, gradient_of, predict, problem, quadratic_problem
 from tests.references import subspace as reference
@@ -866,19 +862,4 @@ SHARDED = """
 
 
 def test_sharded_parameters():
-    root = pathlib.Path(__file__).parents[1]
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(root),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=root,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["sketchy_sgd", "explicit", "sketchy_sgd", "auto"]
+    assert printed(SHARDED) == ["sketchy_sgd", "explicit", "sketchy_sgd", "auto"]
