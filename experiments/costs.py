@@ -54,7 +54,7 @@ class _Steady:
     def __init__(self, trainer: Trainer, task: Task, batch_size: int):
         self.trainer, self.key = trainer, jax.random.key(0)
         self.model = task.init(self.key)
-        self.state = trainer.init(self.model, 0.0)
+        self.state = trainer.init(self.model, 0.0, 1)
         (self.batch,) = batches(task.train, batch_size, seed=0, steps=1)
         self.advance(2 * trainer.cycle)
 

@@ -48,7 +48,7 @@ PROBLEMS = {
 def compare(problem: Problem, steps: int, seeds: Sequence[int]) -> Row:
     """A row: what both ended with, and how soon K-FAC had Adam's best loss."""
     task = Task(load(problem.dataset), problem.model)
-    setting = Setting(task.objective, steps)
+    setting = Setting(task.objective)
     adam, kfac = (RECIPES[name].build(setting) for name in ("adam", "kfac"))
     seconds = [compile_seconds(each, task, problem.batch_size) for each in (adam, kfac)]
 

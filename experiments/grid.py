@@ -1,8 +1,9 @@
 """The grid of an experiment: every method at every learning rate and seed, with a progress bar."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,13 +38,22 @@ def search(settings: Settings, task: Task, console: Console) -> Comparison:
     return Search(settings, task, console).compare()
 
 
-class Search:
-    """The methods of some settings on a task. What a store has is not computed again.
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A comparison of many methods, each at a learning rate that is searched for.
 
-    With `costs` the cost of each method is measured, too. Then a method a run of which would take
-    more than so many `minutes` is left out, as is one that fails, and further seeds run at the
-    learning rate alone that was best with the first.
+    The cost of each is measured. A method that fails is left out, as is one a run of which would
+    take more than so many `minutes`. A grid whose best rate is an end of it grows there, by its own
+    ratio: to at most as many rates as Adam's grid begins with, and that to two more. Further seeds
+    run at the best rate alone, and all seeds once more over the share `short` of the steps.
     """
+
+    minutes: float
+    short: float
+
+
+class Search:
+    """The methods of some settings on a task. What a store has is not computed again."""
 
     def __init__(
         self,
@@ -51,12 +61,11 @@ class Search:
         task: Task,
         console: Console,
         store: Store | None = None,
-        costs: bool = False,
-        minutes: float = math.inf,
+        study: Study | None = None,
     ):
         self.settings, self.task = settings, task
         self.store = Store() if store is None else store
-        self.costs, self.minutes = costs, minutes
+        self.study = study
         self.grids = {name: _rates(name, settings.smoke) for name in settings.methods}
         self._adam: Trainer | None = None
         self._bar = Progress(
@@ -68,9 +77,10 @@ class Search:
             console=console,
             transient=True,
         )
-        more = len(settings.seeds) - 1
-        runs = [len(g) + more if costs else len(g) * (1 + more) for g in self.grids.values()]
-        self._overall = self._bar.add_task(f"{task.model}: runs", total=sum(runs), readings="")
+        seeds = len(settings.seeds)
+        more = lambda grid: len(grid) * seeds if study is None else len(grid) + 2 * seeds - 1
+        self._runs = sum(map(more, self.grids.values()))
+        self._overall = self._bar.add_task(f"{task.model}: runs", total=self._runs, readings="")
         self._current = self._bar.add_task("", total=settings.steps, readings="")
 
     def compare(self) -> Comparison:
@@ -82,7 +92,7 @@ class Search:
                 except _TooLong as reason:
                     left_out[name] = str(reason)
                 except Exception as error:
-                    if not self.costs:
+                    if self.study is None:
                         raise
                     left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
                 if name in left_out:
@@ -113,29 +123,54 @@ class Search:
         cost = None
         if known["cost"] is not None:
             cost = Cost(**{**known["cost"], "gradients": tuple(known["cost"]["gradients"])})
-            minutes = cost.milliseconds * self.settings.steps / 60e3
-            if minutes > self.minutes:
-                raise _TooLong(f"{minutes:.0f} minutes a run, and the limit is {self.minutes:g}")
-        first, *others = self.settings.seeds
-        if not self.costs:
-            runs = [
-                self._run(name, trainer, rate, seed)
-                for rate in self.grids[name]
-                for seed in self.settings.seeds
-            ]
-        else:
-            runs = [self._run(name, trainer, rate, first) for rate in self.grids[name]]
-            best = min(runs, key=lambda run: run.final).learning_rate
-            runs += [self._run(name, trainer, best, seed) for seed in others]
-        return Trial(name, tuple(runs), known["compile_seconds"], cost)
+        run = functools.partial(self._run, name, trainer)
+        seeds, grid = self.settings.seeds, self.grids[name]
+        if self.study is None:
+            runs = [run(rate, seed) for rate in grid for seed in seeds]
+            return Trial(name, tuple(runs), known["compile_seconds"])
+        if cost is not None:
+            minutes, limit = cost.milliseconds * self.settings.steps / 60e3, self.study.minutes
+            if minutes > limit:
+                raise _TooLong(f"{minutes:.0f} minutes a run, and the limit is {limit:g}")
+        runs = [run(rate, seeds[0]) for rate in grid]
+        while (rate := self._beyond(name, runs)) is not None:
+            self._more(1)
+            runs.append(run(rate, seeds[0]))
+        best = min(runs, key=lambda run: run.final).learning_rate
+        runs += [run(best, seed) for seed in seeds[1:]]
+        steps = max(1, round(self.study.short * self.settings.steps))
+        short = [run(best, seed, steps) for seed in seeds]
+        return Trial(name, tuple(runs), known["compile_seconds"], cost, tuple(short))
 
-    def _run(self, name: str, trainer: Callable[[], Trainer], rate: float, seed: int) -> Run:
-        key = self._key(name, of="run", learning_rate=rate, seed=seed)
+    def _beyond(self, name: str, runs: Sequence[Run]) -> float | None:
+        """The learning rate that is next to an end of the grid if the best is there."""
+        rates = sorted(run.learning_rate for run in runs)
+        most = len(self.grids["adam"]) if "adam" in self.grids else len(_rates("adam", False))
+        most += 2 * (name == "adam")
+        if len(rates) < 2 or len(rates) >= most:
+            return None
+        best = min(runs, key=lambda run: run.final).learning_rate
+        beyond = {rates[0]: rates[0] ** 2 / rates[1], rates[-1]: rates[-1] ** 2 / rates[-2]}
+        return float(f"{beyond[best]:.3g}") if best in beyond else None
+
+    def _more(self, runs: int) -> None:
+        self._runs += runs
+        self._bar.update(self._overall, total=self._runs)
+
+    def _run(
+        self,
+        name: str,
+        trainer: Callable[[], Trainer],
+        rate: float,
+        seed: int,
+        steps: int | None = None,
+    ) -> Run:
+        steps = self.settings.steps if steps is None else steps
+        key = self._key(name, of="run", learning_rate=rate, seed=seed, steps=steps)
         entry = self.store.get(key)
         if entry is None:
             compiled = trainer()
             label = f"{name} @ {rate:g}"
-            steps = self.settings.steps
             self._bar.reset(self._current, description=label, total=steps, readings="")
 
             def watch(step: int, readings: dict[str, float]) -> None:
@@ -156,12 +191,12 @@ class Search:
         return _run_of(entry)
 
     def _build(self, name: str) -> Trainer:
-        setting = Setting(self.task.objective, self.settings.steps, self.settings.cg_steps)
+        setting = Setting(self.task.objective, self.settings.cg_steps)
         return RECIPES[name].build(setting)
 
     def _costs(self, trainer: Trainer, compiled: float) -> dict[str, Any]:
         cost = None
-        if self.costs:
+        if self.study is not None:
             if self._adam is None:
                 self._adam = self._build("adam")
             cost = dataclasses.asdict(

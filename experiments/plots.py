@@ -12,7 +12,7 @@ from experiments.summary import Comparison, Trial
 from experiments.training import Run
 
 # Okabe & Ito's palette, but brown for its yellow, and two more; line styles beside it tell apart
-# what has no colour. A method has the pair of its place among the recipes: there are 60.
+# what has no colour. A method has the pair of its place among the recipes: there are 50.
 COLOURS = (
     "#000000",
     "#0072B2",
@@ -25,7 +25,7 @@ COLOURS = (
     "#882255",
     "#999933",
 )
-LINES = ("-", "-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 # Of more curves than this the legend has a place of its own, best first.
 _CROWDED = 10
 
@@ -33,8 +33,7 @@ _CROWDED = 10
 def style(method: str) -> tuple[str, Any]:
     """The colour and line of a method, which are its own whatever it is plotted with."""
     place = list(RECIPES).index(method)
-    # The pairs of both remainders repeat after 30.
-    return COLOURS[place % len(COLOURS)], LINES[(place + place // 30) % len(LINES)]
+    return COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS)]
 
 
 class Measure(NamedTuple):
@@ -59,7 +58,7 @@ MEASURES = {
         "time",
         "seconds (without compilation)",
         "log",
-        lambda trial, runs: np.mean([np.cumsum(run.seconds) for run in runs], axis=0),
+        lambda trial, runs: trial.seconds(runs),
     ),
     "gradients": Measure("work", "gradients of the same number of operations", "log", _gradients),
 }

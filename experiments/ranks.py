@@ -61,7 +61,7 @@ def compare(task: Task, steps: int, seeds: Sequence[int]) -> list[Row]:
     def run(trainer: Any, rate: float, seed: int) -> Run:
         return train(trainer, task, learning_rate=rate, seed=seed, steps=steps, batch_size=BATCH)
 
-    adam = RECIPES["adam"].build(Setting(task.objective, steps))
+    adam = RECIPES["adam"].build(Setting(task.objective))
     rates = track(ADAM_RATES, description="Adam's rates")
     adams = at_best_rate(functools.partial(run, adam), rates, seeds)
     rows = [_row("adam", "", adams, adams)]
@@ -69,7 +69,7 @@ def compare(task: Task, steps: int, seeds: Sequence[int]) -> list[Row]:
     for name, rank in track(cases, description="K-FAC"):
         options, rate = WAYS[name]
         method = cx.methods.kfac(task.objective, rank=rank, **options)
-        trainer = SecondOrder(method, steps, MOMENTUM)
+        trainer = SecondOrder(method, MOMENTUM)
         kfacs = [run(trainer, rate, seed) for seed in seeds]
         rows.append(_row(name, "full" if rank is None else rank, kfacs, adams))
     return rows

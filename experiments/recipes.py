@@ -34,7 +34,7 @@ class Telemetry(NamedTuple):
 
 
 class Trainer(Protocol):
-    """A training step that is compiled once for all learning rates.
+    """A training step that is compiled once for all learning rates and lengths of a run.
 
     `phases` is the number of different executables that its steps take turns in, `cycle` after how
     many steps the work in them repeats itself. `method` is what observes a batch, if anything does;
@@ -45,7 +45,7 @@ class Trainer(Protocol):
     cycle: int
     method: cx.Method | None
 
-    def init(self, model: PyTree[Any], learning_rate: float) -> Any: ...
+    def init(self, model: PyTree[Any], learning_rate: float, steps: int) -> Any: ...
 
     def phase(self, step: int) -> Any: ...
 
@@ -72,17 +72,16 @@ class FirstOrder:
         self,
         objective: cx.Objective,
         direction: optax.GradientTransformation,
-        steps: int,
         cycle: int = 1,
     ):
         self.cycle = cycle
         self._objective = objective
-        self._optimizer = optax.chain(direction, _scaled(steps))
+        self._optimizer = optax.chain(direction, _scaled())
         self._compiled = eqx.filter_jit(self.pure)
 
-    def init(self, model: PyTree[Any], learning_rate: float) -> Any:
+    def init(self, model: PyTree[Any], learning_rate: float, steps: int) -> Any:
         params, _ = self._objective.bind(model)
-        return _with_learning_rate(self._optimizer.init(params), learning_rate)
+        return _set(self._optimizer.init(params), learning_rate, steps)
 
     def __call__(
         self, model: PyTree[Any], state: Any, batch: Arrays, key: PRNGKeyArray
@@ -113,14 +112,14 @@ class FirstOrder:
 class SecondOrder:
     """A fused step of curvax, with momentum behind the method where `momentum` is given."""
 
-    def __init__(self, method: cx.Method, steps: int, momentum: float | None = None):
+    def __init__(self, method: cx.Method, momentum: float | None = None):
         trace = optax.identity() if momentum is None else optax.trace(momentum)
-        self._step = cx.make_step(optax.chain(method, trace, _scaled(steps)), method)
+        self._step = cx.make_step(optax.chain(method, trace, _scaled()), method)
         self.method: cx.Method | None = method
         self.phases = self.cycle = method.plan.period
 
-    def init(self, model: PyTree[Any], learning_rate: float) -> cx.StepState:
-        return _with_learning_rate(self._step.init(model), learning_rate)
+    def init(self, model: PyTree[Any], learning_rate: float, steps: int) -> cx.StepState:
+        return _set(self._step.init(model), learning_rate, steps)
 
     def __call__(
         self, model: PyTree[Any], state: cx.StepState, batch: Arrays, key: PRNGKeyArray
@@ -147,25 +146,29 @@ class SecondOrder:
         return int(state.skipped)
 
 
-def _scaled(steps: int) -> optax.GradientTransformation:
-    # The learning rate lives in the state, so that another one needs no other executable. A run
-    # at a constant one ends on a noise floor, which says little about its method: all decay.
-    return optax.chain(
-        optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, steps)),
-        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0),
-    )
+def _scaled() -> optax.GradientTransformation:
+    # The learning rate and the length of the run live in the state, so that others need no other
+    # executable. A run at a constant rate ends on a noise floor, which says little about its
+    # method: all fall to zero, by a cosine.
+    def scaled(learning_rate: Any, decay_steps: Any) -> optax.GradientTransformation:
+        def rate(count: Any) -> Array:
+            gone = jnp.minimum(jnp.asarray(count, jnp.float32) / decay_steps, 1)
+            return learning_rate * (1 + jnp.cos(jnp.pi * gone)) / 2
+
+        return optax.scale_by_learning_rate(rate)
+
+    return optax.inject_hyperparams(scaled)(learning_rate=0.0, decay_steps=1.0)
 
 
-def _with_learning_rate(state: Any, learning_rate: float) -> Any:
-    value = jnp.asarray(learning_rate, jnp.float32)
-    return optax.tree_utils.tree_set(state, learning_rate=value)
+def _set(state: Any, learning_rate: float, steps: int) -> Any:
+    rate, length = (jnp.asarray(x, jnp.float32) for x in (learning_rate, steps))
+    return optax.tree_utils.tree_set(state, learning_rate=rate, decay_steps=length)
 
 
 class Setting(NamedTuple):
-    """What a trainer is built for: an objective, the steps of a run, and CG steps in each."""
+    """What a trainer is built for: an objective, and CG steps in each step."""
 
     objective: cx.Objective
-    steps: int
     cg_steps: int = 5
 
 
@@ -199,7 +202,7 @@ class Recipe:
 
 
 def _adam(setting: Setting) -> Trainer:
-    return FirstOrder(setting.objective, optax.scale_by_adam(), setting.steps)
+    return FirstOrder(setting.objective, optax.scale_by_adam())
 
 
 def _with_cg(
@@ -209,7 +212,7 @@ def _with_cg(
 
     def build(setting: Setting) -> Trainer:
         solver = cx.CG(**{"max_steps": setting.cg_steps} | (rules or {}))
-        return SecondOrder(make(setting.objective, solver=solver, **options), setting.steps)
+        return SecondOrder(make(setting.objective, solver=solver, **options))
 
     return build
 
@@ -218,7 +221,7 @@ def _observing(
     make: Callable[..., cx.Method], momentum: float | None = None, **options: Any
 ) -> Callable[[Setting], Trainer]:
     def build(setting: Setting) -> Trainer:
-        return SecondOrder(make(setting.objective, **options), setting.steps, momentum)
+        return SecondOrder(make(setting.objective, **options), momentum)
 
     return build
 
@@ -232,7 +235,7 @@ def _of_gradients(
     def build(setting: Setting) -> Trainer:
         trace = optax.identity() if momentum is None else optax.trace(momentum)
         direction = optax.chain(make(**options), trace)
-        return FirstOrder(setting.objective, direction, setting.steps, cycle)
+        return FirstOrder(setting.objective, direction, cycle)
 
     return build
 
@@ -296,6 +299,11 @@ RECIPES: dict[str, Recipe] = {
     "kfac": Recipe(_observing(_make.kfac, MOMENTUM), _KFAC_GRID, f"rank 0.15, {_KFAC}"),
     "kfac_full": Recipe(
         _observing(_make.kfac, MOMENTUM, rank=None), _KFAC_GRID, f"full rank, {_KFAC}"
+    ),
+    "kfac_dense": Recipe(
+        _observing(_make.kfac, MOMENTUM, rank=None, refresh_every=1),
+        _KFAC_GRID,
+        "full rank, damping 1, RMS, refreshed in every step, momentum 0.9",
     ),
     "ekfac": Recipe(_observing(_make.ekfac, MOMENTUM), _KFAC_GRID, _KFAC),
     "newton_muon": Recipe(

@@ -51,19 +51,19 @@ class Kfac(SecondOrder):
     damping = KFAC_DAMPING
     refresh_every = PERIOD
 
-    def __init__(self, objective: cx.Objective, steps: int):
+    def __init__(self, objective: cx.Objective):
         # Of this policy no more is used than that its λ is in the state. The host decides when a
         # refresh is due: steps 0 and 1 of the method's own cycle are one with and one without.
         held = cx.LevenbergMarquardt(every=None)
         method = cx.methods.kfac(objective, refresh_every=2, damping=held)
-        super().__init__(method, steps, MOMENTUM)
+        super().__init__(method, MOMENTUM)
         self._dues = method.plan.phase(0), method.plan.phase(1)
         self._compiled = eqx.filter_jit(self._step.pure)
         self._count = 0
 
-    def init(self, model: PyTree[Any], learning_rate: float) -> cx.StepState:
+    def init(self, model: PyTree[Any], learning_rate: float, steps: int) -> cx.StepState:
         self._count = 0
-        state = super().init(model, learning_rate)
+        state = super().init(model, learning_rate, steps)
         return _set(state, damping=self.damping)
 
     def __call__(
@@ -79,12 +79,12 @@ class Adam(FirstOrder):
 
     b2 = 0.999
 
-    def __init__(self, objective: cx.Objective, steps: int):
+    def __init__(self, objective: cx.Objective):
         direction = optax.inject_hyperparams(lambda b2: optax.scale_by_adam(b2=b2))(b2=self.b2)
-        super().__init__(objective, direction, steps)
+        super().__init__(objective, direction)
 
-    def init(self, model: PyTree[Any], learning_rate: float) -> Any:
-        return _set(super().init(model, learning_rate), b2=self.b2)
+    def init(self, model: PyTree[Any], learning_rate: float, steps: int) -> Any:
+        return _set(super().init(model, learning_rate, steps), b2=self.b2)
 
 
 def _set(state: Any, **numbers: float) -> Any:
@@ -127,7 +127,7 @@ GRIDS = {
 
 def sweep(task: Task, steps: int, batch_size: int) -> dict[str, Callable[[], list[Row]]]:
     """The sections: a row for each cell."""
-    kfac, adam = Kfac(task.objective, steps), Adam(task.objective, steps)
+    kfac, adam = Kfac(task.objective), Adam(task.objective)
 
     def run(trainer: Any, rate: float) -> float | None:
         ended = train(trainer, task, learning_rate=rate, seed=0, steps=steps, batch_size=batch_size)

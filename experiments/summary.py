@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
@@ -19,13 +20,15 @@ from experiments.training import Run
 @dataclasses.dataclass(frozen=True)
 class Trial:
     """All runs of one method on one model: every learning rate with every seed, or those that were
-    not best with the first seed with that one only.
+    not best with the first seed with that one only. `short` are runs at the best one over a part
+    of the steps.
     """
 
     method: str
     runs: tuple[Run, ...]
     compile_seconds: float
     cost: Cost | None = None
+    short: tuple[Run, ...] = ()
 
     @property
     def chosen(self) -> tuple[Run, ...]:
@@ -37,6 +40,14 @@ class Trial:
             (runs for runs in by_rate if len(runs) == most),
             key=lambda runs: statistics.fmean(run.final for run in runs),
         )
+
+    def seconds(self, runs: Sequence[Run]) -> np.ndarray:
+        """Since the start, after each step: of steps as they cost beside Adam's where that was
+        measured, or the mean over runs of what they took.
+        """
+        if self.cost is not None:
+            return 1e-3 * self.cost.milliseconds * np.arange(1, len(runs[0].losses) + 1)
+        return np.mean([np.cumsum(run.seconds) for run in runs], axis=0)
 
     @property
     def at_edge(self) -> bool:
@@ -52,7 +63,10 @@ class Row:
     `to_adam` is steps to the loss at which Adam ended on the same seed, and `to_adam_ratio` the
     same as a multiple of the steps that Adam itself took to get there first; `to_adam_time` is that
     multiple in seconds. Infinite is never. Where costs were measured, `milliseconds` are those of
-    steps beside Adam's, and `gradients` what a step took on average, in gradients.
+    steps beside Adam's, from which seconds follow, and `gradients` is what a step took on average,
+    in gradients. `short` is the
+    final loss of shorter runs, and `sooner` whether at least half of them, each beside Adam's run
+    with the same seed, ended no higher than that did.
     """
 
     method: str
@@ -72,6 +86,8 @@ class Row:
     compile_seconds: float
     diverged: int
     skipped: int
+    short: float
+    sooner: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +119,13 @@ class Comparison:
             )
         milliseconds = 1e3 * _median(run.step_seconds for run in runs)
         base = adam or ()
+        ahead = [run.final - a.final for run, a in zip(trial.short, base, strict=False)]
         base_milliseconds = 1e3 * _median(run.step_seconds for run in base)
         gradients = math.nan
         if trial.cost is not None:
+            # Beside each other: whatever else the machine did in the runs is no part of it.
             milliseconds, base_milliseconds = trial.cost.milliseconds, trial.cost.adam_milliseconds
+            times = [ratio * milliseconds / base_milliseconds for ratio in ratios]
             gradients = _median(float(trial.cost.of(run).mean()) for run in runs)
         return Row(
             method=trial.method,
@@ -126,6 +145,8 @@ class Comparison:
             compile_seconds=trial.compile_seconds,
             diverged=sum(run.diverged for run in trial.runs),
             skipped=sum(run.skipped for run in runs),
+            short=_median(run.final for run in trial.short),
+            sooner=bool(base) and _median(ahead) <= 0,
         )
 
 
@@ -207,7 +228,7 @@ def write_json(
                 "runs": [
                     {"method": trial.method, **dataclasses.asdict(run)}
                     for trial in comparison.trials
-                    for run in (trial.runs if runs else trial.chosen)
+                    for run in (trial.runs if runs else trial.chosen + trial.short)
                 ],
             }
             for comparison in comparisons

@@ -168,7 +168,7 @@ def compile_seconds(trainer: Trainer, task: Task, batch_size: int) -> float:
     """Compiles a step, on states that are thrown away, and says how long that took."""
     key = jax.random.key(0)
     model = task.init(key)
-    state = trainer.init(model, 0.0)
+    state = trainer.init(model, 0.0, 1)
     start = time.perf_counter()
     for batch in batches(task.train, batch_size, seed=0, steps=trainer.phases + 1):
         model, state, _ = trainer(model, state, batch, key)
@@ -193,7 +193,7 @@ def train(
     """
     key = jax.random.key(seed)
     model = task.init(key)
-    state = trainer.init(model, learning_rate)
+    state = trainer.init(model, learning_rate, steps)
     state_bytes = _tree.nbytes(trainer.optimizer_state(state))
     every = max(1, steps // 25)
     told: list[tuple[jax.Array, jax.Array]] = []

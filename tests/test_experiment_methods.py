@@ -131,7 +131,8 @@ def test_what_is_killed_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid, "train", train)
     made = counted(monkeypatch)
     code, document = run(tmp_path)
-    assert code == 0 and len(made) == 2
+    entries = [entry["of"] for entry in lines(tmp_path)]
+    assert code == 0 and len(made) == sum(of["of"] == "run" for of in entries) - 2
     assert len(document["comparisons"][0]["rows"]) == 2
 
 
@@ -139,21 +140,59 @@ def test_other_settings_are_other_runs(tmp_path, monkeypatch):
     run(tmp_path, names=("adam",))
     made = counted(monkeypatch)
     run(tmp_path, "--steps", "5", names=("adam",))
-    assert len(made) == 2
+    assert len(made) >= 3
+    made.clear()
     recipe = RECIPES["adam"]
     other = Recipe(recipe.build, recipe.learning_rates, "other settings")
     monkeypatch.setitem(grid.RECIPES, "adam", other)
     run(tmp_path, names=("adam",))
-    assert len(made) == 4
+    assert len(made) >= 3
 
 
 def test_more_seeds_run_at_the_best_rate_alone(tmp_path, monkeypatch):
     made = counted(monkeypatch)
     _, document = run(tmp_path, "--seeds", "0", "1", "2", names=("adam",))
     (row,) = document["comparisons"][0]["rows"]
-    assert [seed for _, seed in made] == [0, 0, 1, 2]
-    assert {rate for rate, seed in made if seed} == {row["learning_rate"]}
-    assert [r["seed"] for r in document["comparisons"][0]["runs"]] == [0, 1, 2]
+    *searched, _, _, _, _, _ = seeds = [seed for _, seed in made]
+    assert seeds == [0] * len(searched) + [1, 2, 0, 1, 2]
+    assert {rate for rate, seed in made[len(searched) :]} == {row["learning_rate"]}
+    assert [r["seed"] for r in document["comparisons"][0]["runs"]] == [0, 1, 2] * 2
+    assert [len(r["losses"]) for r in document["comparisons"][0]["runs"]] == [10] * 3 + [6] * 3
+    short = sorted(r["losses"][-1] for r in document["comparisons"][0]["runs"][3:])
+    assert short[0] < row["short"] < 3 * short[-1] and row["sooner"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "best", "wanted"),
+    [
+        ("muon", 4, [1, 2, 4, 8]),
+        ("muon", 0.5, [1, 2, 0.5, 0.25]),
+        ("muon", 1000, [1, 2, 4, 8]),
+        ("adam", 1000, [1, 2, 4, 8, 16, 32]),
+        ("adam", 2, [1, 2, 4, 8]),
+    ],
+)
+def test_a_grid_grows_where_its_end_is_best(name, best, wanted, monkeypatch):
+    """To as many rates as Adam's begins with, and Adam's to two more."""
+    begin = {"adam": (1.0, 2.0, 4.0, 8.0), "muon": (1.0, 2.0)}
+
+    def run(self, name, trainer, rate, seed, steps=None):
+        made.append((rate, steps))
+        return Run(rate, seed, (abs(math.log(rate / best)),), (1.0,), 0.0, False, 0, 8)
+
+    made = []
+    monkeypatch.setattr(grid, "_rates", lambda name, smoke: begin[name])
+    monkeypatch.setattr(grid.Search, "_run", run)
+    store = Store()
+    store.get = lambda key: {"compile_seconds": 1.0, "cost": None}
+    args = methods.parser().parse_args(["--task", "uci-yacht", "--methods", "adam", name])
+    task = Task(columns(), "mlp")
+    settings, _ = methods.settle(args, task)
+    search = grid.Search(settings, task, methods.Console(), store, grid.Study(1.0, 0.5))
+    trial = search._trial(name)
+    found = min(wanted, key=lambda rate: abs(math.log(rate / best)))
+    assert made == [*((rate, None) for rate in wanted), (found, settings.steps // 2)]
+    assert trial.chosen[0].learning_rate == found and len(trial.short) == 1
 
 
 def test_what_fails_or_takes_too_long_is_left_out(tmp_path, monkeypatch):
@@ -233,7 +272,7 @@ def test_operations(function, wanted):
 
 def test_methods_of_gradients_refresh_once_in_a_cycle():
     task = Task(images(), "mlp")
-    trainer = RECIPES["shampoo"].build(Setting(task.objective, 10))
+    trainer = RECIPES["shampoo"].build(Setting(task.objective))
     cost = costs.measure(trainer, trainer, task, 32)
     assert len(cost.gradients) == trainer.cycle == 10
     usual = min(cost.gradients)

@@ -99,9 +99,9 @@ def test_factored_methods_train(method, tmp_path):
 
 def test_the_learning_rate_falls_to_zero_over_the_run():
     task = Task(columns(), "mlp")
-    trainer = RECIPES["adam"].build(Setting(task.objective, steps=4))
+    trainer = RECIPES["adam"].build(Setting(task.objective))
     model = task.init(jax.random.key(0))
-    state = trainer.init(model, 1.0)
+    state = trainer.init(model, 1.0, 4)
     lengths = []
     for _ in range(5):
         new, state, _ = trainer(model, state, task.train, jax.random.key(0))
