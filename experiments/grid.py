@@ -151,7 +151,7 @@ class Search:
             return None
         best = min(runs, key=lambda run: run.final).learning_rate
         beyond = {rates[0]: rates[0] ** 2 / rates[1], rates[-1]: rates[-1] ** 2 / rates[-2]}
-        return float(f"{beyond[best]:.3g}") if best in beyond else None
+        return float(f"{beyond[best]:.2g}") if best in beyond else None
 
     def _more(self, runs: int) -> None:
         self._runs += runs
