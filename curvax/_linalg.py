@@ -3,7 +3,6 @@ the default of the device (TF32 ruins small eigenvalues).
 """
 
 import functools
-import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from curvax._stacks import joined, spans
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _THREE_PASSES = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
@@ -199,19 +200,6 @@ def grown(stack: Array, size: int) -> Array:
 def inverse(stacks: Sequence[Array]) -> list[Array]:
     """Of positive definite matrices: L⁻ᵀ L⁻¹."""
     return [matmul(transposed(half), half) for _, half in cholesky(stacks)]
-
-
-def joined(stacks: Sequence[Array]) -> Array:
-    """The stacks one behind the other."""
-    return stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
-
-
-def spans(stacks: Sequence[Array]) -> list[slice]:
-    """Where each stack is in the joined one."""
-    ends = [0]
-    for stack in stacks:
-        ends.append(ends[-1] + stack.shape[0])
-    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:

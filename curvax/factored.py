@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
 from curvax import _tree
-from curvax._linalg import joined, matmul, transposed
+from curvax._linalg import matmul, transposed
+from curvax._stacks import joined
 from curvax.blockwise import AbstractBlockPreconditioner, Memory
 from curvax.damping import AbstractFactorDamping
 from curvax.objective import Params

@@ -7,14 +7,15 @@ batched call.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from curvax._linalg import cholesky, joined, matmul, shifted, spans, transposed
+from curvax._linalg import cholesky, matmul, shifted, transposed
+from curvax._stacks import Groups
 from curvax.operators.factors import (
     AbstractFactor,
     DenseFactor,
@@ -274,23 +275,15 @@ def _batched(
     others: Sequence[Any],
 ) -> list[FactorMemory]:
     """`function` on all memories, those of equal form together in one stack."""
-    groups: dict[Any, list[int]] = {}
-    for i, memory in enumerate(memories):
-        shapes = tuple((*leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(memory))
-        groups.setdefault((jax.tree.structure(memory), shapes), []).append(i)
-    if not groups:
+    if not memories:
         return []
-    join = lambda *parts: joined(parts)
-    stacked = [
-        [jax.tree.map(join, *(each[i] for i in members)) for members in groups.values()]
-        for each in (memories, others)
-    ]
-    results = list(memories)
-    for members, done in _pairs(groups.values(), function(*stacked)):
-        stacks = [memories[i].updates for i in members]
-        for i, span in _pairs(members, spans(stacks)):
-            results[i] = jax.tree.map(lambda leaf, span=span: leaf[span], done)
-    return results
+    groups = Groups(map(_form, memories), memories)
+    return groups.apart(function(groups.together(memories), groups.together(others)))
+
+
+def _form(memory: FactorMemory) -> Hashable:
+    leaves, treedef = jax.tree.flatten(memory)
+    return treedef, tuple((*leaf.shape[1:], leaf.dtype) for leaf in leaves)
 
 
 def _pairs(first: Iterable[Any], second: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

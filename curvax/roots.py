@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
-from curvax._linalg import applied, eigh, joined, matmul, shifted, spans, transposed
+from curvax._linalg import applied, eigh, matmul, shifted, transposed
+from curvax._stacks import Groups
 from curvax.eigenbasis import rayleigh, turned
 from curvax.refresh import finite_each, pick
 
@@ -250,25 +251,20 @@ def refreshed(
     is not finite the old one stays, and the failure is counted; of one that is zero, too, which is
     none.
     """
-    groups: dict[Any, list[int]] = {}
-    for i, (a, exponent) in enumerate(zip(matrices, exponents, strict=True)):
-        groups.setdefault((a.shape[-1], a.dtype, exponent), []).append(i)
-    join = lambda *parts: joined(parts)
-    whole = [joined([matrices[i] for i in members]) for members in groups.values()]
-    old = [jax.tree.map(join, *(states[i] for i in members)) for members in groups.values()]
+    keys = [(a.shape[-1], a.dtype, e) for a, e in zip(matrices, exponents, strict=True)]
+    groups = Groups(keys, matrices)
+    whole, old = groups.together(matrices), groups.together(states)
     memories = [state.memory for state in old]
-    done = config.compute(whole, [key[2] for key in groups], memories, first)
-    results = list(states)
-    for members, a, state, new in zip(groups.values(), whole, old, done, strict=True):
+    done = config.compute(whole, [exponent for *_, exponent in groups.keys], memories, first)
+    results = []
+    for a, state, new in zip(whole, old, done, strict=True):
         ok = finite_each(new)
         empty = jnp.trace(a, axis1=1, axis2=2) == 0
         root, memory = pick(ok & ~empty, new, (state.root, state.memory))
         age = jnp.where(ok & ~empty, 0, state.age + 1)
         failures = state.failures + (~ok & ~empty).astype(jnp.int32)
-        state = RootState(root, memory, age, failures)
-        for i, span in zip(members, spans([matrices[i] for i in members]), strict=True):
-            results[i] = jax.tree.map(lambda leaf, span=span: leaf[span], state)
-    return results
+        results.append(RootState(root, memory, age, failures))
+    return groups.apart(results)
 
 
 def identities(stack: int, size: int, dtype: Any) -> Array:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from curvax import _tree
-from curvax._linalg import applied, joined, spans, transposed
+from curvax._linalg import applied, transposed
+from curvax._stacks import joined, spans
 from curvax.objective import Params
 from curvax.operators.factors import (
     AbstractFactor,
