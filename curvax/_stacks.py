@@ -6,7 +6,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
+
+
+def identities(stack: int, size: int, dtype: Any) -> Float[Array, "stack n n"]:
+    return jnp.zeros((stack, size, size), dtype) + jnp.eye(size, dtype=dtype)[None]
+
+
+def finite_each(tree: Any) -> Bool[Array, " stack"]:
+    """For each matrix of a stack, whether all of it is finite."""
+    checks = [
+        jnp.all(jnp.isfinite(leaf.reshape(leaf.shape[0], -1)), axis=1)
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return jnp.all(jnp.stack(checks), axis=0)
+
+
+def pick(ok: Bool[Array, " stack"], new: Any, old: Any) -> Any:
+    """The new matrices where they are ok, else the old."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(ok.reshape(ok.shape + (1,) * (a.ndim - 1)), a, b), new, old
+    )
 
 
 def joined(stacks: Sequence[Array]) -> Array:

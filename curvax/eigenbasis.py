@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvax._linalg import applied, cholesky, eigh, shifted
-from curvax.refresh import finite_each, pick
+from curvax._stacks import finite_each, pick
 
 # Passes of Cholesky QR. Two do, from a basis that is nearly one of eigenvectors; the columns of a
 # start that is far from it may be nearly dependent.

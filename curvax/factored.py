@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from curvax import _tree
 from curvax._linalg import matmul, transposed
-from curvax._stacks import joined
+from curvax._stacks import finite_each, identities, joined, pick
 from curvax.blockwise import AbstractBlockPreconditioner, Memory
 from curvax.damping import AbstractFactorDamping
 from curvax.objective import Params
@@ -25,10 +25,8 @@ from curvax.plan.moments import BlockMoments, Recipe
 from curvax.refresh import (
     FactorMemory,
     counted,
-    finite_each,
     first_factor,
     invert,
-    pick,
     refresh,
     weight_of_past,
 )
@@ -319,10 +317,8 @@ class EigenPreconditioner(_Factors):
         nothing = lambda: DiagonalFactor(jnp.zeros((stack, 0), dtype))
 
         def identity(factor: AbstractFactor) -> Array | None:
-            if isinstance(factor, DiagonalFactor):
-                return None
-            square = jnp.zeros((stack, factor.size, factor.size), dtype)
-            return square + jnp.eye(factor.size, dtype=dtype)[None]
+            dense = not isinstance(factor, DiagonalFactor)
+            return identities(stack, factor.size, dtype) if dense else None
 
         return EigenMemory(
             input=input._replace(inverse=nothing()),

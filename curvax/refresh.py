@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvax._linalg import cholesky, matmul, shifted, transposed
-from curvax._stacks import Groups
+from curvax._stacks import Groups, finite_each, identities, pick
 from curvax.operators.factors import (
     AbstractFactor,
     DenseFactor,
@@ -60,8 +60,7 @@ def first_factor(form: Form, stack: int, dtype: Any, seed: int) -> FactorMemory:
             count(),
         )
     width = form.size if form.kind == "full" else form.rank
-    zero = jnp.zeros((stack, width, width), dtype)
-    eye = zero + jnp.eye(width, dtype=dtype)[None]
+    zero, eye = jnp.zeros((stack, width, width), dtype), identities(stack, width, dtype)
     if form.kind == "full":
         return FactorMemory(DenseFactor(zero), DenseFactor(eye), count(), count())
     basis = _first_bases(seed, stack, form.size, form.rank, dtype)
@@ -251,22 +250,6 @@ def _escalate(
     begin = (ridges, empty, [jnp.zeros(r.shape, bool) for r in ridges], jnp.zeros((), jnp.int32))
     _, results, oks, _ = jax.lax.while_loop(more, again, begin)
     return list(_pairs(results, oks))
-
-
-def finite_each(tree: Any) -> Bool[Array, " stack"]:
-    """For each matrix of a stack, whether all of it is finite."""
-    checks = [
-        jnp.all(jnp.isfinite(leaf.reshape(leaf.shape[0], -1)), axis=1)
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return jnp.all(jnp.stack(checks), axis=0)
-
-
-def pick(ok: Bool[Array, " stack"], new: Any, old: Any) -> Any:
-    """The new matrices where they are ok, else the old."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(ok.reshape(ok.shape + (1,) * (a.ndim - 1)), a, b), new, old
-    )
 
 
 def _batched(

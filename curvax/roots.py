@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from curvax._linalg import applied, eigh, matmul, shifted, transposed
-from curvax._stacks import Groups
+from curvax._stacks import Groups, finite_each, identities, pick
 from curvax.eigenbasis import rayleigh, turned
-from curvax.refresh import finite_each, pick
 
 # Steps of the power iteration that finds the largest eigenvalue for a relative ridge.
 POWER_STEPS = 20
@@ -265,10 +264,6 @@ def refreshed(
         failures = state.failures + (~ok & ~empty).astype(jnp.int32)
         results.append(RootState(root, memory, age, failures))
     return groups.apart(results)
-
-
-def identities(stack: int, size: int, dtype: Any) -> Array:
-    return jnp.zeros((stack, size, size), dtype) + jnp.eye(size, dtype=dtype)[None]
 
 
 def _spectral(
