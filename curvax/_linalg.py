@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from curvax._stacks import joined, spans
 
@@ -130,6 +130,17 @@ def shifted(matrices: Array, shift: Array) -> Array:
     """Each matrix plus its own multiple of the identity."""
     eye = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     return matrices + shift[:, None, None].astype(matrices.dtype) * eye[None]
+
+
+def frobenius_norm(matrices: Array) -> Float[Array, " stack"]:
+    largest = largest_entry(matrices)
+    return largest[:, 0, 0] * jnp.sqrt(jnp.sum(jnp.square(matrices / largest), axis=(1, 2)))
+
+
+def largest_entry(matrices: Array) -> Float[Array, "stack 1 1"]:
+    """Of each matrix: squares in units of it neither over- nor underflow. Never zero."""
+    largest = jnp.max(jnp.abs(matrices), axis=(1, 2), keepdims=True)
+    return jnp.maximum(largest, jnp.finfo(matrices.dtype).tiny)
 
 
 def cholesky(stacks: Sequence[Array]) -> list[tuple[Array, Array]]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from curvax._linalg import applied, cholesky, eigh, shifted
+from curvax._linalg import applied, cholesky, eigh, largest_entry, shifted
 from curvax._stacks import finite_each, pick
 
 # Passes of Cholesky QR. Two do, from a basis that is nearly one of eigenvectors; the columns of a
@@ -96,7 +96,7 @@ def off_diagonal(matrices: Array, basis: Array) -> Float[Array, " stack"]:
 def _off_diagonal(basis: Array, product: Array) -> Array:
     # With Q orthogonal the norm of AQ − Q diag(QᵀAQ): no further product.
     values = jnp.sum(basis * product, axis=1, keepdims=True)
-    scale = _largest(product)
+    scale = largest_entry(product)
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x / scale), axis=(1, 2)))
     return norm(product - basis * values) / jnp.maximum(norm(product), jnp.finfo(basis.dtype).tiny)
 
@@ -112,7 +112,7 @@ def _iterated(bases: list[Array], products: list[Array], sort: bool) -> list[Tur
         y = y + unit[:, None, None] * q
         order = jnp.argsort(-values, axis=1) if sort else _in_place(q)
         orders.append(order)
-        y = y / _largest(y)
+        y = y / largest_entry(y)
         y = y / jnp.sqrt(jnp.sum(y * y, axis=1, keepdims=True))
         tall.append(jnp.take_along_axis(y, order[:, None], axis=2) if sort else y)
     turns = []
@@ -162,9 +162,3 @@ def _kept_unless(ok: Array, new: Array, order: Array, q: Array) -> Turn:
 
 def _in_place(basis: Array) -> Array:
     return jnp.broadcast_to(jnp.arange(basis.shape[-1]), basis.shape[::2])
-
-
-def _largest(stack: Array) -> Array:
-    """The largest entry of each matrix: squares in units of it neither over- nor underflow."""
-    largest = jnp.max(jnp.abs(stack), axis=(1, 2), keepdims=True)
-    return jnp.maximum(largest, jnp.finfo(stack.dtype).tiny)

@@ -3,14 +3,14 @@
 import abc
 import fractions
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
-from curvax._linalg import applied, eigh, matmul, shifted, transposed
+from curvax._linalg import applied, eigh, frobenius_norm, matmul, shifted, transposed
 from curvax._stacks import Groups, finite_each, identities, pick
 from curvax.eigenbasis import rayleigh, turned
 
@@ -129,7 +129,85 @@ class EigenbasisRoot(AbstractInverseRoot):
         return results
 
 
-class CoupledNewtonRoot(AbstractInverseRoot):
+class _AbstractIterativeRoot(AbstractInverseRoot):
+    """By an iteration of products alone, for an exponent 1/p."""
+
+    ridge: ScalarLike = 1e-6
+    relative: bool = eqx.field(static=True, default=True)
+    rtol: ScalarLike | None = None
+    max_steps: int = eqx.field(static=True, default=60)
+    # Which p there are; None for all.
+    _orders: ClassVar[tuple[int, ...] | None] = None
+
+    def check(self, exponent: float) -> None:
+        self._order(exponent)
+
+    def _order(self, exponent: float) -> int:
+        """p of an exponent 1/p."""
+        p, known = 1 / fractions.Fraction(exponent).limit_denominator(10**6), self._orders
+        if p.denominator != 1 or (known is not None and p not in known):
+            wanted = "1/p for a whole p" if known is None else " or ".join(f"1/{p}" for p in known)
+            name = type(self).__name__
+            raise ValueError(f"exponent: got {exponent}, wanted {wanted}, which {name} is for.")
+        return int(p)
+
+    def compute(
+        self,
+        matrices: Sequence[Array],
+        exponents: Sequence[float],
+        memories: Sequence[Any],
+        first: bool | Bool[Array, ""],
+    ) -> list[tuple[Array, Any]]:
+        results = []
+        for a, exponent, memory in zip(matrices, exponents, memories, strict=True):
+            lifted = shifted((a + transposed(a)) / 2, self.lift(largest_eigenvalue(a)))
+            results.append((self._root(lifted, self._order(exponent)), memory))
+        return results
+
+    @abc.abstractmethod
+    def _root(self, a: Array, p: int) -> Array:
+        """A^(−1/p)."""
+
+    def _converged(
+        self,
+        step: Callable[[Any], Any],
+        begin: Any,
+        near_identity: Callable[[Any], Array],
+    ) -> Any:
+        """Steps until what tends to the identity is there, each matrix for itself; NaN where it
+        stays far from it.
+        """
+
+        def error(values: Any) -> Array:
+            found = near_identity(values)
+            return jnp.max(jnp.abs(shifted(found, -jnp.ones_like(found[:, 0, 0]))), axis=(1, 2))
+
+        first = error(begin)
+        rtol = 100 * jnp.finfo(first.dtype).eps if self.rtol is None else self.rtol
+        rtol = jnp.asarray(rtol, first.dtype)
+
+        def more(carry: Any) -> Array:
+            _, _, going, count = carry
+            return jnp.any(going) & (count < self.max_steps)
+
+        def again(carry: Any) -> Any:
+            values, errors, going, count = carry
+            new = step(values)
+            now = error(new)
+            # Rounding stops it before the tolerance: where it nears the end and gets worse.
+            worse = (errors < 0.01) & ~(now < errors)
+            taken = going & ~worse
+            values = pick(taken, new, values)
+            errors = jnp.where(taken, now, errors)
+            return values, errors, taken & (errors > rtol), count + 1
+
+        carry = begin, first, jnp.ones(first.shape, bool), jnp.zeros((), jnp.int32)
+        values, errors, _, _ = jax.lax.while_loop(more, again, carry)
+        nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), values)
+        return pick(errors < 0.1, values, nothing)
+
+
+class CoupledNewtonRoot(_AbstractIterativeRoot):
     """By the coupled Newton iteration for A^(−1/p), p = 1, 2, 3, … (Guo & Higham 2006, equation
     3.4; Anil et al. 2020).
 
@@ -145,41 +223,20 @@ class CoupledNewtonRoot(AbstractInverseRoot):
       `max_steps`, the root has failed. None is for 100 rounding errors.
     """
 
-    ridge: ScalarLike = 1e-6
-    relative: bool = eqx.field(static=True, default=True)
-    rtol: ScalarLike | None = None
-    max_steps: int = eqx.field(static=True, default=60)
+    def _root(self, a: Array, p: int) -> Array:
+        start = (p + 1) / (2 * frobenius_norm(a))
 
-    def check(self, exponent: float) -> None:
-        _order(exponent, "CoupledNewtonRoot", None)
+        def step(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, m = pair
+            n = shifted(-m / p, jnp.full_like(m[:, 0, 0], (p + 1) / p))
+            return matmul(x, n), matmul(_power(n, p), m)
 
-    def compute(
-        self,
-        matrices: Sequence[Array],
-        exponents: Sequence[float],
-        memories: Sequence[Any],
-        first: bool | Bool[Array, ""],
-    ) -> list[tuple[Array, Any]]:
-        results = []
-        for a, exponent, memory in zip(matrices, exponents, memories, strict=True):
-            p = _order(exponent, "CoupledNewtonRoot", None)
-            lifted, norm = _lifted(a, self.lift)
-            start = (p + 1) / (2 * norm)
-
-            def step(pair: tuple[Array, Array], p: int = p) -> tuple[Array, Array]:
-                x, m = pair
-                n = shifted(-m / p, jnp.full_like(m[:, 0, 0], (p + 1) / p))
-                return matmul(x, n), matmul(_power(n, p), m)
-
-            eye = identities(a.shape[0], a.shape[1], a.dtype)
-            m = start[:, None, None] * lifted
-            begin = (start ** (1 / p))[:, None, None] * eye, m
-            x, _ = _converged(step, begin, lambda pair: pair[1], self.rtol, self.max_steps)
-            results.append((x, memory))
-        return results
+        eye = identities(a.shape[0], a.shape[1], a.dtype)
+        begin = (start ** (1 / p))[:, None, None] * eye, start[:, None, None] * a
+        return self._converged(step, begin, lambda pair: pair[1])[0]
 
 
-class NewtonSchulzRoot(AbstractInverseRoot):
+class NewtonSchulzRoot(_AbstractIterativeRoot):
     """By the coupled Newton-Schulz iteration for A^(−1/2) (Higham 2008, equation 6.35), and for
     A^(−1/4) by that of the square root which it gives beside.
 
@@ -191,32 +248,15 @@ class NewtonSchulzRoot(AbstractInverseRoot):
     [`CoupledNewtonRoot`][curvax.CoupledNewtonRoot].
     """
 
-    ridge: ScalarLike = 1e-6
-    relative: bool = eqx.field(static=True, default=True)
-    rtol: ScalarLike | None = None
-    max_steps: int = eqx.field(static=True, default=60)
+    _orders: ClassVar[tuple[int, ...] | None] = (2, 4)
 
-    def check(self, exponent: float) -> None:
-        _order(exponent, "NewtonSchulzRoot", (2, 4))
+    def _root(self, a: Array, p: int) -> Array:
+        root, inverse = self._roots(a)
+        return inverse if p == 2 else self._roots(root)[1]
 
-    def compute(
-        self,
-        matrices: Sequence[Array],
-        exponents: Sequence[float],
-        memories: Sequence[Any],
-        first: bool | Bool[Array, ""],
-    ) -> list[tuple[Array, Any]]:
-        results = []
-        for a, exponent, memory in zip(matrices, exponents, memories, strict=True):
-            p = _order(exponent, "NewtonSchulzRoot", (2, 4))
-            root, inverse = self._roots(*_lifted(a, self.lift))
-            if p == 4:
-                inverse = self._roots(root, _norm(root))[1]
-            results.append((inverse, memory))
-        return results
-
-    def _roots(self, a: Array, norm: Array) -> tuple[Array, Array]:
+    def _roots(self, a: Array) -> tuple[Array, Array]:
         """A^(1/2) and A^(−1/2)."""
+        norm = frobenius_norm(a)
         three = jnp.full_like(norm, 1.5)
 
         def step(triple: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -227,7 +267,7 @@ class NewtonSchulzRoot(AbstractInverseRoot):
 
         y = a / norm[:, None, None]
         begin = y, identities(a.shape[0], a.shape[1], a.dtype), y
-        y, z, _ = _converged(step, begin, lambda each: each[2], self.rtol, self.max_steps)
+        y, z, _ = self._converged(step, begin, lambda each: each[2])
         scale = jnp.sqrt(norm)[:, None, None]
         return y * scale, z / scale
 
@@ -278,36 +318,15 @@ def _spectral(
     return applied("snk,smk->snm", vectors * scales[:, None], vectors)
 
 
-def _order(exponent: float, name: str, known: tuple[int, ...] | None) -> int:
-    """p of an exponent 1/p."""
-    p = 1 / fractions.Fraction(exponent).limit_denominator(10**6)
-    if p.denominator != 1 or (known is not None and p not in known):
-        wanted = "1/p for a whole p" if known is None else " or ".join(f"1/{p}" for p in known)
-        raise ValueError(f"exponent: got {exponent}, wanted {wanted}, which {name} is for.")
-    return int(p)
-
-
-def _lifted(a: Array, lift: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """With the ridge, and the Frobenius norm then."""
-    a = shifted((a + transposed(a)) / 2, lift(largest_eigenvalue(a)))
-    return a, _norm(a)
-
-
-def _norm(a: Array) -> Array:
-    scale = jnp.max(jnp.abs(a), axis=(1, 2))
-    scale = jnp.where(scale > 0, scale, 1)
-    return scale * jnp.sqrt(jnp.sum(jnp.square(a / scale[:, None, None]), axis=(1, 2)))
-
-
 def largest_eigenvalue(a: Array) -> Float[Array, " stack"]:
     """By power iteration from the column with the largest diagonal entry, which is not orthogonal
     to the eigenvector.
     """
     column = jnp.argmax(jnp.diagonal(a, axis1=1, axis2=2), axis=1)
     start = jnp.take_along_axis(a, column[:, None, None], axis=2)
-    unit = lambda v: v / jnp.where((norm := _norm(v)) > 0, norm, 1)[:, None, None]
+    unit = lambda v: v / jnp.where((norm := frobenius_norm(v)) > 0, norm, 1)[:, None, None]
     vector = jax.lax.fori_loop(0, POWER_STEPS, lambda _, v: unit(matmul(a, v)), unit(start))
-    return _norm(matmul(a, vector))
+    return frobenius_norm(matmul(a, vector))
 
 
 def _power(n: Array, p: int) -> Array:
@@ -317,42 +336,3 @@ def _power(n: Array, p: int) -> Array:
     half = _power(n, p // 2)
     square = matmul(half, half)
     return matmul(square, n) if p % 2 else square
-
-
-def _converged(
-    step: Callable[[Any], Any],
-    begin: Any,
-    near_identity: Callable[[Any], Array],
-    rtol: ScalarLike | None,
-    max_steps: int,
-) -> Any:
-    """Steps until what tends to the identity is there, each matrix for itself; NaN where it stays
-    far from it.
-    """
-
-    def error(values: Any) -> Array:
-        matrices = near_identity(values)
-        return jnp.max(jnp.abs(shifted(matrices, -jnp.ones_like(matrices[:, 0, 0]))), axis=(1, 2))
-
-    first = error(begin)
-    rtol = jnp.asarray(100 * jnp.finfo(first.dtype).eps if rtol is None else rtol, first.dtype)
-
-    def more(carry: Any) -> Array:
-        _, _, going, count = carry
-        return jnp.any(going) & (count < max_steps)
-
-    def again(carry: Any) -> Any:
-        values, errors, going, count = carry
-        new = step(values)
-        now = error(new)
-        # Rounding stops it before the tolerance: where it nears the end and gets worse.
-        worse = (errors < 0.01) & ~(now < errors)
-        taken = going & ~worse
-        values = pick(taken, new, values)
-        errors = jnp.where(taken, now, errors)
-        return values, errors, taken & (errors > rtol), count + 1
-
-    carry = begin, first, jnp.ones(first.shape, bool), jnp.zeros((), jnp.int32)
-    values, errors, _, _ = jax.lax.while_loop(more, again, carry)
-    nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), values)
-    return pick(errors < 0.1, values, nothing)
