@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
 from curvax import _tree
+from curvax._checks import check_count, check_share
 from curvax._linalg import matmul, transposed
 from curvax._stacks import finite_each, identities, joined, pick
 from curvax.blockwise import AbstractBlockPreconditioner, Memory
@@ -108,11 +109,9 @@ class _Factors(AbstractBlockPreconditioner):
     split: eqx.AbstractVar[AbstractFactorDamping]
 
     def __check_init__(self):
-        for name in ("refresh_every", "stagger"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1.")
-        if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
-            raise ValueError(f"decay: got {self.decay}, wanted a number in [0, 1).")
+        check_count("refresh_every", self.refresh_every)
+        check_count("stagger", self.stagger)
+        check_share("decay", self.decay)
 
     def init(self, blocks: tuple[Block, ...], params: Params) -> Memory:
         leaves = jax.tree.leaves(params)

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int, Scalar, ScalarLike
 
 from curvax import _tree
+from curvax._checks import check_positive
 from curvax._masked import seen_by
 from curvax.objective import Params
 from curvax.operators.kronecker import arrange, disarrange
@@ -91,8 +92,7 @@ class Clipped(AbstractScaling):
     limit: ScalarLike = 1.0
 
     def __check_init__(self):
-        if isinstance(self.limit, int | float) and not self.limit > 0:
-            raise ValueError(f"limit: got {self.limit}, wanted a number > 0.")
+        check_positive("limit", self.limit)
 
     def init(self, params: Params) -> ClippedState:
         del params

@@ -17,6 +17,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar, ScalarLike
 
+from curvax._checks import check_cadence, check_positive
+
 
 class DampingState(NamedTuple):
     """λ, and the radius on ‖solution‖ (∞ where there is none): float32 scalars."""
@@ -71,7 +73,7 @@ class Constant(AbstractDamping):
     every: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        _check_positive("value", self.value, zero=True)
+        check_positive("value", self.value, zero=True)
 
     def init(self) -> DampingState:
         return _state(self.value)
@@ -113,8 +115,8 @@ class LevenbergMarquardt(AbstractDamping):
     maximum: ScalarLike = 1e8
 
     def __check_init__(self):
-        _check_positive("initial", self.initial)
-        _check_cadence(self.every)
+        check_positive("initial", self.initial)
+        check_cadence("every", self.every, never=True)
 
     def init(self) -> DampingState:
         return _state(self.initial)
@@ -149,9 +151,9 @@ class TrustRegion(AbstractDamping):
     maximum: ScalarLike = 1e3
 
     def __check_init__(self):
-        _check_positive("initial", self.initial)
-        _check_positive("value", self.value, zero=True)
-        _check_cadence(self.every)
+        check_positive("initial", self.initial)
+        check_positive("value", self.value, zero=True)
+        check_cadence("every", self.every, never=True)
 
     def init(self) -> DampingState:
         return _state(self.value, self.initial)
@@ -180,13 +182,3 @@ def as_damping(damping: AbstractDamping | ScalarLike) -> AbstractDamping:
 
 def _state(value: ScalarLike, radius: ScalarLike = jnp.inf) -> DampingState:
     return DampingState(jnp.asarray(value, jnp.float32), jnp.asarray(radius, jnp.float32))
-
-
-def _check_positive(name: str, value: ScalarLike, zero: bool = False) -> None:
-    if isinstance(value, int | float) and (value < 0 or (value == 0 and not zero)):
-        raise ValueError(f"{name}: got {value}, wanted a number {'≥' if zero else '>'} 0.")
-
-
-def _check_cadence(every: int | None) -> None:
-    if every is not None and every < 1:
-        raise ValueError(f"every: got {every}, wanted a number of steps ≥ 1, or None for never.")

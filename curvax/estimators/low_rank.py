@@ -6,6 +6,7 @@ import lineax as lx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from curvax import _basis, _tree
+from curvax._checks import check_count
 from curvax.operators.low_rank import LowRank, from_root
 
 
@@ -40,9 +41,8 @@ def nystrom(
     """
     if not lx.is_symmetric(operator):
         raise ValueError(f"operator: got a {type(operator).__name__} that is not marked symmetric.")
-    for name, number in (("rank", 1 if rank is None else rank), ("at_once", at_once)):
-        if number < 1:
-            raise ValueError(f"{name}: got {number}, wanted at least 1.")
+    check_count("rank", 1 if rank is None else rank)
+    check_count("at_once", at_once)
     operator = lx.linearise(operator)
     structure = operator.in_structure()
     if rank is not None:

@@ -13,6 +13,7 @@ import lineax as lx
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
+from curvax._checks import check_count
 from curvax._convolution import loop_safe
 from curvax.operators.base import AbstractOperator
 
@@ -25,7 +26,7 @@ def hutchinson_diagonal(
     Its variance in entry i is the sum of the squares of the other entries of row i. Costs one
     product a sample; the result has the structure of the operator's input.
     """
-    _check_samples(samples)
+    check_count("samples", samples)
     return _mean(operator, key, samples, lambda v, product: jax.tree.map(jnp.multiply, v, product))
 
 
@@ -33,7 +34,7 @@ def hutchinson_trace(
     operator: lx.AbstractLinearOperator, key: PRNGKeyArray, samples: int = 1
 ) -> Scalar:
     """E[vᵀAv] with Rademacher v: an unbiased estimate of tr(A) (Hutchinson 1989)."""
-    _check_samples(samples)
+    check_count("samples", samples)
     return _mean(operator, key, samples, _tree.dot)
 
 
@@ -59,11 +60,6 @@ def random_signs(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array
     words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
     bits = jnp.right_shift(words, jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(1)
     return 1 - 2 * bits.reshape(-1)[:size].reshape(shape).astype(dtype)
-
-
-def _check_samples(samples: int) -> None:
-    if samples < 1:
-        raise ValueError(f"samples: got {samples}, wanted at least 1.")
 
 
 class flat(AbstractOperator):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
+from curvax._checks import check_count
 from curvax._masked import Embedded, keep_unmasked
 from curvax.objective import Batch, Linearisation, Objective, Params
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator, Transpose
@@ -224,8 +225,7 @@ class Fisher(AbstractOutputCurvature):
     def __post_init__(self):
         if self.kind not in ("exact", "mc", "empirical"):
             raise ValueError(f"kind: got {self.kind!r}, wanted 'exact', 'mc' or 'empirical'.")
-        if self.samples < 1:
-            raise ValueError(f"samples: got {self.samples}, wanted at least 1.")
+        check_count("samples", self.samples)
         if self.kind == "mc" and self.key is None:
             raise ValueError("key: got None, but kind='mc' draws targets: pass a key.")
         self.params, self.objective = self.objective.bind(self.params)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from curvax import _tree
+from curvax._checks import check_count
 from curvax.objective import Batch, Objective, Params
 from curvax.operators.base import AbstractSymmetricOperator, check_structure
 from curvax.operators.factors import AbstractFactor, DenseFactor, DiagonalFactor
@@ -257,8 +258,7 @@ class LowRankKronecker(AbstractBlockOperator):
         diagonal: tuple[str, ...] = (),
         fused: Mapping[str, int] | None = None,
     ):
-        if passes < 1:
-            raise ValueError(f"passes: got {passes}, wanted at least 1.")
+        check_count("passes", passes)
         recipe = _recipe(key, rank, fisher, samples, sharing, diagonal, fused)
         params, objective = objective.bind(model)
         objective.check(params, batch, key)

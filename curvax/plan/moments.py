@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
+from curvax._checks import check_count
 from curvax._masked import is_masked
 from curvax.objective import Batch, Objective, Params
 from curvax.plan.quantities import AbstractQuantity, Scope
@@ -47,8 +48,7 @@ class Recipe:
             raise ValueError(f"fisher: got {self.fisher!r}, wanted one of {', '.join(kinds)}.")
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f"sharing: got {self.sharing!r}, wanted 'expand' or 'reduce'.")
-        if self.samples < 1:
-            raise ValueError(f"samples: got {self.samples}, wanted at least 1.")
+        check_count("samples", self.samples)
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"rows: got {self.rows}, wanted None or at least 1.")
         object.__setattr__(self, "rank", as_rank(self.rank))

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
+from curvax._checks import check_count
 from curvax.estimators import gauss_newton_bartlett, hutchinson_diagonal
 from curvax.objective import Batch, Linearisation, Objective, Params
 from curvax.operators import AbstractCurvature, Fisher, GaussNewton, Hessian
@@ -273,8 +274,7 @@ class HutchinsonDiagonal(AbstractQuantity):
     samples: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        if self.samples < 1:
-            raise ValueError(f"samples: got {self.samples}, wanted at least 1.")
+        check_count("samples", self.samples)
 
     @property
     def label(self) -> str:

@@ -5,6 +5,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from curvax import _basis, _tree
+from curvax._checks import check_count
 from curvax.estimators.low_rank import nystrom
 from curvax.objective import Params
 from curvax.operators.low_rank import LowRank
@@ -23,9 +24,8 @@ class NystromSketch(AbstractQuantity):
     at_once: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        for name in ("rank", "at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1.")
+        check_count("rank", self.rank)
+        check_count("at_once", self.at_once)
 
     @property
     def label(self) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 import equinox as eqx
 import lineax as lx
-from jaxtyping import Scalar, ScalarLike
+from jaxtyping import Scalar
 
+from curvax._checks import check_share as check_share
 from curvax.objective import Params
 from curvax.plan.plan import Observation, Requirement
 
@@ -31,9 +32,3 @@ class AbstractPreconditioner(eqx.Module):
     @abc.abstractmethod
     def operator(self, state: Any, damping: Scalar) -> lx.AbstractLinearOperator:
         """A positive semidefinite approximation of (A + λI)⁻¹."""
-
-
-def check_share(name: str, value: ScalarLike, one: bool = False) -> None:
-    """**Raises** `ValueError` for a number outside of [0, 1), or of [0, 1] if `one` is allowed."""
-    if isinstance(value, int | float) and not (0 <= value < 1 or (one and value == 1)):
-        raise ValueError(f"{name}: got {value}, wanted a number in [0, 1{']' if one else ')'}.")

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Scalar, ScalarLike
 
 from curvax import _tree
+from curvax._checks import check_positive, check_share
 from curvax._masked import keep_unmasked
 from curvax.objective import Params
 from curvax.operators import Diagonal, InverseDiagonal
 from curvax.plan.plan import Observation, Requirement
 from curvax.plan.quantities import AbstractQuantity, BartlettDiagonal, HutchinsonDiagonal
 from curvax.preconditioners.averaging import SpatialAverage
-from curvax.preconditioners.base import AbstractPreconditioner, check_share
+from curvax.preconditioners.base import AbstractPreconditioner
 
 
 class DiagonalState(NamedTuple):
@@ -161,9 +162,8 @@ class ThresholdedDiagonal(AbstractDiagonalPreconditioner):
 
     def __check_init__(self):
         check_share("decay", self.decay)
-        for name, value in (("gamma", self.gamma), ("eps", self.eps)):
-            if isinstance(value, int | float) and not value > 0:
-                raise ValueError(f"{name}: got {value}, wanted a number > 0.")
+        check_positive("gamma", self.gamma)
+        check_positive("eps", self.eps)
 
     def operator(self, state: DiagonalState, damping: Scalar) -> InverseDiagonal:
         weight = jnp.where(state.weight > 0, state.weight, 1)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Scalar, ScalarLike
 
 from curvax import _tree
 from curvax._binding import bound_objective
+from curvax._checks import check_share
 from curvax._masked import is_masked_tree
 from curvax.objective import Params
 from curvax.operators.factors import AbstractFactor, DenseFactor, DiagonalFactor
@@ -17,7 +18,7 @@ from curvax.operators.kfac import BlockOperator, matrix_of
 from curvax.operators.kronecker import AbstractBlockMatrix, DampedInverse, Entries, Product
 from curvax.plan.moments import BlockMoments, Recipe
 from curvax.plan.plan import Observation, Requirement
-from curvax.preconditioners.base import AbstractPreconditioner, check_share
+from curvax.preconditioners.base import AbstractPreconditioner
 from curvax.taps.blocks import Block, DiagonalBlock, Form
 from curvax.taps.moments import FisherKind
 from curvax.taps.statistics import Sharing

@@ -9,6 +9,7 @@ import lineax as lx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _basis, _tree
+from curvax._checks import check_count
 from curvax._convolution import loop_safe
 from curvax._masked import is_masked_tree, seen_by
 from curvax.objective import Params
@@ -123,8 +124,7 @@ class InverseSharpness(AbstractScaling):
     steps: int = eqx.field(static=True, default=10)
 
     def __check_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}, wanted at least 1.")
+        check_count("steps", self.steps)
 
     def requirements(self) -> tuple[Requirement, ...]:
         return ()

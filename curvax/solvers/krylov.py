@@ -9,6 +9,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from curvax import _basis, _tree
+from curvax._checks import check_count, check_positive
 from curvax._convolution import loop_safe
 from curvax.operators.algebra import Damped
 
@@ -59,10 +60,8 @@ class AbsoluteKrylov(lx.AbstractLinearSolver[KrylovState]):
     floor: float = eqx.field(static=True, default=1e-6)
 
     def __check_init__(self):
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps: got {self.max_steps}, wanted at least 1.")
-        if self.floor < 0:
-            raise ValueError(f"floor: got {self.floor}, wanted a number ≥ 0.")
+        check_count("max_steps", self.max_steps)
+        check_positive("floor", self.floor, zero=True)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> KrylovState:
         del options
