@@ -14,7 +14,8 @@ from curvax.objective import Params
 from curvax.plan.plan import Observation
 from curvax.taps.arrangement import Convolution
 from curvax.taps.blocks import find_blocks
-from curvax.taps.find import Use, on_host
+from curvax.taps.layout import on_host
+from curvax.taps.uses import Use
 from curvax.taps.wishes import ByPath
 
 Axes = tuple[int, ...]

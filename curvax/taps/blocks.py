@@ -11,9 +11,10 @@ import numpy as np
 from curvax import _tree
 from curvax.objective import Objective, Params
 from curvax.taps.arrangement import AbstractProduct, Elementwise, Fused, Lookup
-from curvax.taps.find import Found, Unknown, Use, find_uses, on_host
-from curvax.taps.layout import View
+from curvax.taps.find import Found, find_uses
+from curvax.taps.layout import View, on_host
 from curvax.taps.statistics import Kind, Sharing, Statistics
+from curvax.taps.uses import Unknown, Use
 from curvax.taps.wishes import ByPath, Parts, Rank, StateBudget, Wishes, as_parts, as_rank
 
 # Sides longer than this (a vocabulary) have a diagonal factor.

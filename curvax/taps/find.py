@@ -7,80 +7,18 @@ which axes are inputs and outputs is taken from the operation's own dimension nu
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from jax.lax import GatherScatterMode
-
 from curvax._jaxpr import is_literal, scan_sizes, sub_jaxprs
-from curvax.taps.arrangement import Arrangement, Convolution, Dense, Elementwise, Lookup
-from curvax.taps.layout import View, follow
-
-# An equation's place: its index, the number of the jaxpr inside it, the index there, …
-Path = tuple[int, ...]
-
-_SUMS = ("add", "add_any", "sub")
+from curvax.taps.arrangement import Convolution, Dense
+from curvax.taps.biases import Trails
+from curvax.taps.layout import View, follow, spread
+from curvax.taps.uses import SUMS, Loop, Path, Unknown, Use, use_of
 
 # What a variable is made of: constants alone, parameters too, or (also) the example.
 _PARAMETERS, _EXAMPLE = 1, 2
 Origins = dict[Any, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """A `scan` around a use: its length, and whether the leaf is scanned over."""
-
-    length: int
-    stacked: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One meeting of one leaf with an activation.
-
-    `x` and `y` are the positions of the activation among the inputs, and of the result among the
-    outputs, of the equation at `path`. `bias` is the view of a leaf that is added right
-    afterwards, in the frame (stack, out), and `shift` that leaf's own use there. `choices` are the
-    places of each `cond` around it of which every example chooses its own branch.
-    """
-
-    kind: str
-    view: View
-    arrangement: Arrangement
-    path: Path
-    loops: tuple[Loop, ...]
-    x: int
-    y: int = 0
-    bias: View | None = None
-    shift: "Use | None" = None
-    choices: tuple[Path, ...] = ()
-
-    def chosen_at(self, place: Path) -> "Use":
-        shift = None if self.shift is None else self.shift.chosen_at(place)
-        return dataclasses.replace(self, shift=shift, choices=(*self.choices, place))
-
-    @property
-    def repeats(self) -> int:
-        """How often the use is executed with the same weights in one example."""
-        return math.prod(loop.length for loop in self.loops if not loop.stacked)
-
-    @property
-    def stack(self) -> int:
-        """How many matrices the leaf holds for this use."""
-        return self.arrangement.stack * math.prod(
-            loop.length for loop in self.loops if loop.stacked
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Unknown:
-    """A meeting that nothing is known about."""
-
-    leaf: int
-    reason: str
-
 
 Found = list[Use | Unknown]
 
@@ -109,7 +47,7 @@ def _walk(
     `origins` of its inputs: what is not in there is a constant.
     """
     env, origins = dict(env), dict(origins)
-    trails = _Trails(jaxpr)
+    trails = Trails(jaxpr)
     for index, eqn in enumerate(jaxpr.eqns):
         place = (*path, index)
         trails.follow(eqn)
@@ -135,9 +73,9 @@ def _walk(
         (position, view), *others = views.items()
         other = max((made for i, made in enumerate(made_of) if i != position), default=0)
         moved = follow(eqn, view) if len(eqn.invars) == 1 else None
-        if eqn.primitive.name in _SUMS and other == 0:
+        if eqn.primitive.name in SUMS and other == 0:
             # A constant added to a parameter changes no gradient.
-            moved = _spread(view, eqn) if position == 0 or eqn.primitive.name != "sub" else None
+            moved = spread(eqn, view) if position == 0 or eqn.primitive.name != "sub" else None
         if moved is not None:
             env[eqn.outvars[0]] = moved
             continue
@@ -148,7 +86,7 @@ def _walk(
         for _, other_view in others:
             # Two parameters that meet: the second is the other's activation.
             found.append(Unknown(other_view.leaf, f"it meets a parameter in `{eqn.primitive}`"))
-        use = _use(eqn, position, view, place, loops)
+        use = use_of(eqn, position, view, place, loops)
         if isinstance(use, Use) and use.kind == "shift":
             joined = trails.join(eqn, position, use)
             if joined is not None:
@@ -173,16 +111,7 @@ def _refused(eqn: Any, other: int) -> str:
         return ""
     if other == _PARAMETERS:
         return f"it meets a parameter in `{name}`"
-    return f"it meets a constant in `{name}`" if name == "mul" or name in _SUMS else ""
-
-
-def _spread(view: View, eqn: Any) -> View:
-    """The view as an elementwise operation sees it: scalars and axes of size 1 are broadcast."""
-    shape = eqn.outvars[0].aval.shape
-    if shape == view.shape:
-        return view
-    axes = tuple(range(len(shape) - len(view.shape), len(shape))) if view.shape else ()
-    return view.then("broadcast", (shape, axes), shape)
+    return f"it meets a constant in `{name}`" if name == "mul" or name in SUMS else ""
 
 
 # -- primitives that carry a jaxpr -----------------------------------------------------------------
@@ -316,222 +245,3 @@ def _from_outside(
     if x not in body.invars or y not in body.outvars:
         return None
     return dataclasses.replace(use, path=place, x=body.invars.index(x), y=body.outvars.index(y))
-
-
-# -- meetings --------------------------------------------------------------------------------------
-
-
-def _use(
-    eqn: Any, position: int, view: View, place: Path, loops: tuple[Loop, ...]
-) -> Use | Unknown:
-    name = eqn.primitive.name
-    use = None
-    if name in ("mul", *_SUMS):
-        use = _elementwise(eqn, position, view, place, loops)
-    elif view.repeats:
-        return Unknown(view.leaf, f"it is broadcast before `{name}`")
-    elif name == "dot_general":
-        use = _dense(eqn, position, view, place, loops)
-    elif name == "conv_general_dilated" and position == 1:
-        use = _convolution(eqn, view, place, loops)
-    elif name in ("gather", "dynamic_slice") and position == 0 and view.shape:
-        use = _lookup(eqn, view, place, loops)
-    return use or Unknown(view.leaf, f"`{name}` is no known use of a parameter")
-
-
-def _dense(eqn: Any, position: int, view: View, place: Path, loops: tuple[Loop, ...]) -> Use | None:
-    contracted, batched = eqn.params["dimension_numbers"]
-    other = 1 - position
-    w_in, w_stack = tuple(contracted[position]), tuple(batched[position])
-    x_in, x_stack = tuple(contracted[other]), tuple(batched[other])
-    w_out = _rest(len(view.shape), w_in + w_stack)
-    x_shape = eqn.invars[other].aval.shape
-    x_free = _rest(len(x_shape), x_in + x_stack)
-    # The output has the batch axes first, then what is free on the left, then on the right.
-    start = len(x_stack)
-    widths = (len(w_out), len(x_free)) if position == 0 else (len(x_free), len(w_out))
-    first, second = range(start, start + widths[0]), range(start + widths[0], start + sum(widths))
-    y_out, y_free = (first, second) if position == 0 else (second, first)
-    arrangement = Dense(
-        math.prod(view.shape[a] for a in w_stack),
-        math.prod(view.shape[a] for a in w_in),
-        math.prod(view.shape[a] for a in w_out),
-        math.prod(x_shape[a] for a in x_free),
-        (x_stack, x_free, x_in),
-        (tuple(range(start)), tuple(y_free), tuple(y_out)),
-    )
-    view = view.arranged(w_stack, w_out, w_in)
-    return Use("dense", view, arrangement, place, loops, other)
-
-
-def _convolution(eqn: Any, view: View, place: Path, loops: tuple[Loop, ...]) -> Use | None:
-    p = eqn.params
-    numbers, groups = p["dimension_numbers"], p["feature_group_count"]
-    if p["batch_group_count"] != 1:
-        return None
-    out_axis, in_axis, *spatial = numbers.rhs_spec
-    x_shape, y_shape = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    kernel = tuple(view.shape[a] for a in spatial)
-    outputs = view.shape[out_axis] // groups
-    places = numbers.out_spec[2:]
-    arrangement = Convolution(
-        groups,
-        view.shape[in_axis] * math.prod(kernel),
-        outputs,
-        x_shape[numbers.lhs_spec[0]] * math.prod(y_shape[a] for a in places),
-        numbers,
-        kernel,
-        tuple(p["window_strides"]),
-        tuple(tuple(pair) for pair in p["padding"]),
-        tuple(p["lhs_dilation"]),
-        tuple(p["rhs_dilation"]),
-    )
-    ordered = view.arranged((out_axis,), (in_axis, *spatial))
-    shape = (groups, outputs, arrangement.inputs)
-    return Use("conv", ordered.then("reshape", shape, shape), arrangement, place, loops, 0)
-
-
-def _lookup(eqn: Any, view: View, place: Path, loops: tuple[Loop, ...]) -> Use | None:
-    sizes = tuple(eqn.params["slice_sizes"])
-    picked = [a for a, (size, n) in enumerate(zip(sizes, view.shape, strict=True)) if size != n]
-    if len(picked) != 1 or sizes[picked[0]] != 1 or len(sizes) != 2:
-        return None
-    (axis,) = picked
-    kept = _rest(len(view.shape), (axis,))
-    y_shape = eqn.outvars[0].aval.shape
-    column, columns, clipped = 0, 1, True
-    if eqn.primitive.name == "dynamic_slice":
-        x, y_out = 1 + axis, kept
-    else:
-        numbers = eqn.params["dimension_numbers"]
-        if numbers.operand_batching_dims or axis not in numbers.start_index_map:
-            return None
-        x, column = 1, numbers.start_index_map.index(axis)
-        columns = len(numbers.start_index_map)
-        clipped = eqn.params["mode"] != GatherScatterMode.FILL_OR_DROP
-        left = [a for a in range(len(sizes)) if a not in numbers.collapsed_slice_dims]
-        axes = dict(zip(left, numbers.offset_dims, strict=True))
-        if any(a not in axes for a in kept):
-            return None
-        y_out = tuple(axes[a] for a in kept)
-    free = _rest(len(y_shape), y_out)
-    arrangement = Lookup(
-        1,
-        view.shape[axis],
-        math.prod(view.shape[a] for a in kept),
-        math.prod(y_shape[a] for a in free),
-        ((), free, y_out),
-        column,
-        columns,
-        clipped,
-    )
-    return Use("embedding", view.arranged((), kept, (axis,)), arrangement, place, loops, x)
-
-
-def _elementwise(
-    eqn: Any, position: int, view: View, place: Path, loops: tuple[Loop, ...]
-) -> Use | None:
-    view = _spread(view, eqn)
-    if any(kind == "broadcast" for kind, _, _ in view.outside.operations):
-        return None
-    scale = eqn.primitive.name == "mul"
-    size = math.prod(view.base)
-    arrangement = Elementwise(1, 1, size, math.prod(view.shape) // max(size, 1), view, scale)
-    kind = "scale" if scale else "shift"
-    return Use(kind, view, arrangement, place, loops, 1 - position)
-
-
-def _rest(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(axis for axis in range(ndim) if axis not in axes)
-
-
-# -- biases ----------------------------------------------------------------------------------------
-
-
-class _Trails:
-    """The results of products in one jaxpr, followed until something is added to them."""
-
-    def __init__(self, jaxpr: Any):
-        self._counts: dict[Any, int] = {}
-        atoms: Iterator[Any] = (a for eqn in jaxpr.eqns for a in eqn.invars)
-        for atom in (*atoms, *jaxpr.outvars):
-            if not is_literal(atom):
-                self._counts[atom] = self._counts.get(atom, 0) + 1
-        self._trails: dict[Any, tuple[Use, View]] = {}
-
-    def start(self, eqn: Any, use: Use) -> None:
-        y = eqn.outvars[use.y]
-        self._trails[y] = use, View(-1, y.aval.shape, y.aval.shape)
-
-    def follow(self, eqn: Any) -> None:
-        if len(eqn.invars) != 1 or is_literal(eqn.invars[0]) or eqn.invars[0] not in self._trails:
-            return
-        use, view = self._trails[eqn.invars[0]]
-        moved = follow(eqn, view)
-        kept = moved is not None and not moved.repeats and not moved.partial
-        if moved is not None and kept and self._counts.get(eqn.invars[0]) == 1:
-            self._trails[eqn.outvars[0]] = use, moved
-
-    def join(self, eqn: Any, position: int, shift: Use) -> tuple[Use, View] | None:
-        """The product that a shift is added to, and the bias as a view (stack, out), if each
-        output of the product has its own entry of the shift.
-        """
-        other = eqn.invars[1 - position]
-        if eqn.primitive.name == "sub" or self._counts.get(other) != 1:
-            return None
-        weight, trail = self._trails.get(other, (None, None))
-        if weight is None or trail is None or shift.loops != weight.loops:
-            return None
-        arrangement = weight.arrangement
-        if math.prod(shift.view.base) != arrangement.stack * arrangement.outputs:
-            return None
-        if weight.view.depth != shift.view.depth:
-            return None
-        # Number the entries of the bias, bring the numbers to the product's output, and look.
-        numbers = np.arange(math.prod(shift.view.base), dtype=np.int32).reshape(shift.view.base)
-        added = np.asarray(on_host(shift.view.inside, numbers))
-        source = np.arange(math.prod(trail.base), dtype=np.int32).reshape(trail.base)
-        if added.shape != trail.shape:
-            return None
-        seen = np.empty(source.size, np.int32)
-        seen[np.asarray(on_host(trail, source)).ravel()] = added.ravel()
-        rows = _on_host_rows(arrangement, seen.reshape(trail.base))
-        first = rows[:, 0, :]
-        wanted = np.arange(first.size).reshape(first.shape)
-        if not (rows == first[:, None]).all() or not (first == wanted).all():
-            return None
-        view = shift.view.outside
-        shape = first.shape
-        operations = (*view.operations, ("reshape", view.depth, shape))
-        return weight, dataclasses.replace(view, operations=operations, shape=shape)
-
-
-def on_host(view: View, array: np.ndarray) -> np.ndarray:
-    for kind, _, argument in view.operations:
-        if kind == "transpose":
-            array = array.transpose(argument)
-        elif kind == "reshape":
-            array = array.reshape(argument)
-        elif kind == "reverse":
-            array = np.flip(array, argument)
-        elif kind == "broadcast":
-            shape, axes = argument
-            kept = [1] * len(shape)
-            for source, axis in enumerate(axes):
-                kept[axis] = array.shape[source]
-            array = np.broadcast_to(array.reshape(kept), shape)
-        else:
-            array = array[tuple(slice(*bounds) for bounds in zip(*argument, strict=True))]
-    return array
-
-
-def _on_host_rows(arrangement: Arrangement, y: np.ndarray) -> np.ndarray:
-    """The output of a product as (stack, position, out), as `output_rows` has it."""
-    if isinstance(arrangement, Convolution):
-        batch, feature, *spatial = arrangement.numbers.out_spec
-        y = y.transpose((batch, *spatial, feature))
-        return np.moveaxis(y.reshape(-1, arrangement.stack, arrangement.outputs), 1, 0)
-    assert isinstance(arrangement, Dense)
-    stack, free, out = arrangement.y_axes
-    shape = (arrangement.stack, arrangement.positions, arrangement.outputs)
-    return y.transpose((*stack, *free, *out)).reshape(shape)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 Axes = tuple[int, ...]
@@ -129,3 +130,32 @@ def follow(eqn: Any, view: View) -> View | None:
         strides = tuple(eqn.params["strides"] or (1,) * len(starts))
         return view.then("slice", (starts, stops, strides), shape)
     return None
+
+
+def spread(eqn: Any, view: View) -> View:
+    """The view as an elementwise operation sees it: scalars and axes of size 1 are broadcast."""
+    shape = eqn.outvars[0].aval.shape
+    if shape == view.shape:
+        return view
+    axes = tuple(range(len(shape) - len(view.shape), len(shape))) if view.shape else ()
+    return view.then("broadcast", (shape, axes), shape)
+
+
+def on_host(view: View, array: np.ndarray) -> np.ndarray:
+    """`view.apply`, of a view without loops to an array of NumPy."""
+    for kind, _, argument in view.operations:
+        if kind == "transpose":
+            array = array.transpose(argument)
+        elif kind == "reshape":
+            array = array.reshape(argument)
+        elif kind == "reverse":
+            array = np.flip(array, argument)
+        elif kind == "broadcast":
+            shape, axes = argument
+            kept = [1] * len(shape)
+            for source, axis in enumerate(axes):
+                kept[axis] = array.shape[source]
+            array = np.broadcast_to(array.reshape(kept), shape)
+        else:
+            array = array[tuple(slice(*bounds) for bounds in zip(*argument, strict=True))]
+    return array

@@ -18,9 +18,9 @@ from curvax.operators.curvature import GaussNewton
 from curvax.operators.metric import ScoreMetric, sampling_key
 from curvax.taps.arrangement import Elementwise, Lookup
 from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock
-from curvax.taps.find import Use
 from curvax.taps.run import Tapped
 from curvax.taps.statistics import Moment, Sharing, Squares, Statistics
+from curvax.taps.uses import Use
 
 FisherKind = Literal["exact", "mc", "empirical", "forward_only"]
 

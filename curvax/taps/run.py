@@ -10,8 +10,8 @@ from jax import lax
 from jaxtyping import Array
 
 from curvax._jaxpr import scan_sizes, sub_jaxprs
-from curvax.taps.find import Path, Use
 from curvax.taps.primitive import Rule, tap
+from curvax.taps.uses import Path, Use
 
 # What the tap of a use is given: probes and bases, with the loop axes of the use first.
 Payload = tuple[tuple[Array, ...], tuple[Array, ...]]
