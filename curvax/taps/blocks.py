@@ -1,8 +1,6 @@
 """Which block of the curvature each leaf of the parameters goes to, and how factors are held."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +10,7 @@ from curvax import _tree
 from curvax.objective import Objective, Params
 from curvax.taps.arrangement import AbstractProduct, Elementwise, Fused, Lookup
 from curvax.taps.find import Found, find_uses
-from curvax.taps.layout import View, on_host
+from curvax.taps.layout import View, flipped, on_host, place_in, tile
 from curvax.taps.statistics import Kind, Sharing, Statistics
 from curvax.taps.uses import Unknown, Use
 from curvax.taps.wishes import ByPath, Parts, Rank, StateBudget, Wishes, as_parts, as_rank
@@ -280,7 +278,7 @@ def _kronecker(
     if len(views) == 1 and not products[0].view.partial:
         uses_of_parts = [_in_parts(use, path, parts) for use in products]
         return [_block(leaf, path, uses_of_parts, (False,) * len(products), wishes)]
-    sliced = all(view.partial for view in views) and _tile(views)
+    sliced = all(view.partial for view in views) and tile(views)
     if parts > 1 and not (sliced and len(views) == parts):
         raise ValueError(
             f"fused: got {parts} parts for {path}, which the model itself uses as {len(views)} "
@@ -339,17 +337,8 @@ def _block(
         output,
         tuple(uses),
         swapped,
-        _flipped(frame.view),
+        flipped(frame.view),
     )
-
-
-def _flipped(view: View) -> bool:
-    """Whether neighbours in memory are outputs of one input, and not inputs of one output."""
-    if not view.base:
-        return False
-    places = np.broadcast_to(np.arange(view.base[-1]), view.base)
-    seen = on_host(view.inside, places)
-    return seen.shape[-2] > 1 and bool(seen[..., 0, 0].flat[0] != seen[..., 1, 0].flat[0])
 
 
 def _without_bias(block: Block) -> Block:
@@ -358,34 +347,21 @@ def _without_bias(block: Block) -> Block:
     return dataclasses.replace(block, bias=None, bias_view=None, input=input)
 
 
-def _tile(views: Mapping[View, Any]) -> bool:
-    """Whether slices of a leaf leave nothing out and do not overlap."""
-    first = next(iter(views))
-    if any(v.outside != first.outside or v.depth != first.depth for v in views):
-        return False
-    if first.outside.partial:
-        return False
-    entries = np.arange(math.prod(first.base)).reshape(first.base)
-    seen = [np.asarray(on_host(view.inside, entries)).ravel() for view in views]
-    together = np.concatenate(seen)
-    return together.size == entries.size and np.unique(together).size == entries.size
-
-
 def _tied(uses: list[Use], struct: Any) -> tuple[bool, ...] | None:
     """For uses of a leaf as a matrix and as its transpose: which are transposed."""
     first = next((use for use in uses if isinstance(use.arrangement, Lookup)), uses[0])
     if any(use.view.partial or use.view.depth or use.view.repeats for use in uses):
         return None
     memory = np.empty(struct.shape, np.int8)
-    frame = _memory_of(on_host(first.view, memory), memory)
+    frame = place_in(on_host(first.view, memory), memory)
     swapped = []
     for use in uses:
         seen = on_host(use.view, memory)
         if frame is None or seen.ndim != 3:
             return None
-        if _memory_of(seen, memory) == frame:
+        if place_in(seen, memory) == frame:
             swapped.append(False)
-        elif _memory_of(seen.swapaxes(1, 2), memory) == frame:
+        elif place_in(seen.swapaxes(1, 2), memory) == frame:
             swapped.append(True)
         else:
             return None
@@ -393,15 +369,6 @@ def _tied(uses: list[Use], struct: Any) -> tuple[bool, ...] | None:
     if any(s and isinstance(u.arrangement, Lookup) for s, u in zip(swapped, uses, strict=True)):
         return None
     return tuple(swapped)
-
-
-def _memory_of(array: np.ndarray, owner: np.ndarray) -> Any:
-    """Where an array reads its entries, if it reads those of `owner`."""
-    if not np.may_share_memory(array, owner):
-        return None
-    # NumPy gives axes of size 1 any stride.
-    strides = [stride for stride, size in zip(array.strides, array.shape, strict=True) if size > 1]
-    return array.shape, strides, array.__array_interface__["data"]
 
 
 def _diagonal(leaf: int, path: str, uses: list[Use | Unknown], asked: bool) -> DiagonalBlock:

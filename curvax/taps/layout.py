@@ -7,6 +7,7 @@ the use (a matrix of outputs × inputs) and directions out of it again.
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -159,3 +160,34 @@ def on_host(view: View, array: np.ndarray) -> np.ndarray:
         else:
             array = array[tuple(slice(*bounds) for bounds in zip(*argument, strict=True))]
     return array
+
+
+def flipped(view: View) -> bool:
+    """Whether neighbours in memory are outputs of one input, and not inputs of one output."""
+    if not view.base:
+        return False
+    places = np.broadcast_to(np.arange(view.base[-1]), view.base)
+    seen = on_host(view.inside, places)
+    return seen.shape[-2] > 1 and bool(seen[..., 0, 0].flat[0] != seen[..., 1, 0].flat[0])
+
+
+def tile(views: Collection[View]) -> bool:
+    """Whether slices of a leaf leave nothing out and do not overlap."""
+    first, *others = views
+    if any(v.outside != first.outside or v.depth != first.depth for v in others):
+        return False
+    if first.outside.partial:
+        return False
+    entries = np.arange(math.prod(first.base)).reshape(first.base)
+    seen = [on_host(view.inside, entries).ravel() for view in views]
+    together = np.concatenate(seen)
+    return together.size == entries.size and np.unique(together).size == entries.size
+
+
+def place_in(array: np.ndarray, owner: np.ndarray) -> Any:
+    """Where an array reads its entries, if it reads those of `owner`."""
+    if not np.may_share_memory(array, owner):
+        return None
+    # NumPy gives axes of size 1 any stride.
+    strides = [stride for stride, size in zip(array.strides, array.shape, strict=True) if size > 1]
+    return array.shape, strides, array.__array_interface__["data"]
