@@ -10,6 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 # Arrays of at most so many entries: launching a kernel for each costs more than to read them.
@@ -167,6 +168,22 @@ def random_like(
 def paths(a: PyTree) -> list[str]:
     """Readable path of every leaf, for messages and tables."""
     return [jax.tree_util.keystr(path) or "<root>" for path, _ in jax.tree.leaves_with_path(a)]
+
+
+def described(tree: PyTree) -> str:
+    """Dtype and shape of the first leaves, for messages."""
+    described = [
+        f"{path}: {leaf.dtype}{list(leaf.shape)}"
+        if hasattr(leaf, "shape")
+        else f"{path}: {type(leaf).__name__}"
+        for path, leaf in zip(paths(tree), jax.tree.leaves(tree), strict=True)
+    ]
+    return "{" + ", ".join(described[:12]) + (", …" if len(described) > 12 else "") + "}"
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, of JAX or of NumPy."""
+    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def common_dtype(*trees: PyTree) -> jnp.dtype:

@@ -4,30 +4,20 @@ Everything that curvax derives (gradients, curvature products, statistics) is de
 [`Objective`][curvax.Objective], and every scale is declared here, once.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
 from curvax._masked import Embedded, is_masked, keep_unmasked, unmask
+from curvax.batch import Batch, Example, share, taken_apart, weigh
 from curvax.losses import AbstractLoss
 
-# Leaves are JAX arrays, NumPy's, or their shapes where nothing is computed.
-Batch = PyTree[Any]
 Params = PyTree[Any]
-
-
-class Example(NamedTuple):
-    """One batch, taken apart: inputs, targets, and optional weights (or a 0/1 mask)."""
-
-    x: PyTree[Array]
-    target: PyTree[Array]
-    weight: Array | None = None
 
 
 class Linearisation(eqx.Module):
@@ -58,23 +48,6 @@ class Linearisation(eqx.Module):
         kept = keep_unmasked(template, self.params)
         tangent = Embedded(self.tangent, _tree.structure(self.params))
         return Linearisation(kept, self.outputs, self.targets, self.coefficients, tangent)
-
-
-def share(weight: Array, total: Array) -> Array:
-    """weight / total, or 0 where everything is masked."""
-    return jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 0)
-
-
-def weigh(coefficients: Array, array: Array) -> Array:
-    """`array` times the coefficient of each event, whose axes lead.
-
-    Zero where an event has no weight, whatever the entry: 0·NaN must not reach a sum.
-    """
-    if coefficients.ndim == 0:
-        return array * coefficients.astype(array.dtype)
-    trailing = (1,) * (array.ndim - coefficients.ndim)
-    coefficients = coefficients.reshape(coefficients.shape + trailing).astype(array.dtype)
-    return jnp.where(coefficients > 0, coefficients * array, 0)
 
 
 class Objective(eqx.Module):
@@ -148,7 +121,7 @@ class Objective(eqx.Module):
         self.split = split
         # Arrays are ordinary leaves; what is left (functions, sizes) is kept flat, so that it is
         # hashable and an objective passes through jit, scan and vmap like any array.
-        self.frozen, skeleton = eqx.partition(static, is_array)
+        self.frozen, skeleton = eqx.partition(static, _tree.is_array)
         self.skeleton = _tree.freeze(skeleton)
         self.shapes = None
         if example is not None:
@@ -165,7 +138,7 @@ class Objective(eqx.Module):
         if not any(leaf.size for leaf in jax.tree.leaves(params)):
             raise ValueError(
                 "model: got no trainable leaf, wanted at least one non-empty floating-point array. "
-                f"Leaves seen: {_describe_leaves(model)}."
+                f"Leaves seen: {_tree.described(model)}."
             )
         if not jax.tree.leaves(static):
             return params, self
@@ -236,32 +209,7 @@ class Objective(eqx.Module):
 
     def example(self, batch: Batch) -> Example:
         """Takes a batch apart. **Raises** `ValueError` if it cannot."""
-        if self.split is not None:
-            parts = self.split(batch)
-        elif isinstance(batch, Mapping) and {"x", "y"} <= set(batch):
-            parts = (batch["x"], batch["y"], batch.get("weight"))
-        elif isinstance(batch, tuple | list) and len(batch) in (2, 3):
-            parts = tuple(batch)
-        else:
-            raise ValueError(
-                f"batch: got a {type(batch).__name__} with leaves {_describe_leaves(batch)}, "
-                "wanted (x, target), (x, target, weight), or a mapping with the keys 'x', 'y' and "
-                "optionally 'weight'. For any other layout pass Objective(..., split=...)."
-            )
-        as_array = lambda leaf: leaf if hasattr(leaf, "shape") else jnp.asarray(leaf)
-        example = Example(*jax.tree.map(as_array, tuple(parts)))
-        lengths = {
-            path: (leaf.shape[0] if leaf.ndim else None)
-            for path, leaf in zip(_tree.paths(example.x), jax.tree.leaves(example.x), strict=True)
-        }
-        if len(set(lengths.values())) != 1 or None in lengths.values():
-            raise ValueError(
-                "batch: every leaf of x needs the same leading batch axis, got lengths "
-                f"{lengths or 'of no leaf'}."
-            )
-        if 0 in lengths.values():
-            raise ValueError("batch: got 0 examples, wanted at least 1.")
-        return _without_masked(example)
+        return taken_apart(batch, self.split)
 
     def outputs(self, params: Params, x: PyTree[Any], key: PRNGKeyArray | None = None) -> Array:
         """The model's outputs on a batch of inputs."""
@@ -318,7 +266,7 @@ class Objective(eqx.Module):
         """What to say where the model cannot be applied to one example x."""
         leaves, hint = jax.tree.leaves(params), ""
         holes = len(jax.tree.leaves(params, is_leaf=lambda a: a is None)) > len(leaves)
-        if any(not is_array(leaf) and not hasattr(leaf, "dtype") for leaf in leaves):
+        if any(not _tree.is_array(leaf) and not hasattr(leaf, "dtype") for leaf in leaves):
             hint = (
                 " The parameters have leaves that are no arrays: give the trained part alone, "
                 "eqx.filter(model, eqx.is_inexact_array), and the rest as Objective(..., static=…)"
@@ -332,7 +280,7 @@ class Objective(eqx.Module):
             )
         return ValueError(
             "x: the model could not be applied to one example with leaves "
-            f"{_describe_leaves(x)}.{hint} It said: {error}"
+            f"{_tree.described(x)}.{hint} It said: {error}"
         )
 
     def coefficients(self, example: Example, values: PyTree) -> Float[Array, "..."]:
@@ -439,57 +387,11 @@ class Objective(eqx.Module):
         return jax.vmap(one, (0, 1, 0))(x, cotangents, self.example_keys(x, key))
 
 
-def _without_masked(example: Example) -> Example:
-    """The example with 0 for what would poison a derivative of masked events: 0·NaN is NaN.
-
-    That is, entries of x that are not finite where a whole example is masked; targets that are
-    not finite, and integer targets (an ignored label is often −100), where an event is masked.
-    """
-    weight = example.weight
-    if weight is None or not is_array(weight):
-        return example
-    masked = weight == np.zeros((), weight.dtype)
-
-    def silence(leaf: Any, mask: Any, integers: bool) -> Any:
-        if not is_array(leaf) or leaf.shape[: mask.ndim] != mask.shape:
-            return leaf
-        on_host = isinstance(leaf, np.ndarray) and isinstance(mask, np.ndarray)
-        xp = np if on_host else jnp
-        mask = mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            mask = mask & ~xp.isfinite(leaf)
-        elif not (integers and jnp.issubdtype(leaf.dtype, jnp.integer)):
-            return leaf
-        return xp.where(mask, xp.zeros((), leaf.dtype), leaf)
-
-    whole = masked.all(axis=tuple(range(1, masked.ndim)))
-    return Example(
-        jax.tree.map(lambda leaf: silence(leaf, whole, integers=False), example.x),
-        jax.tree.map(lambda leaf: silence(leaf, masked, integers=True), example.target),
-        weight,
-    )
-
-
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
 
 
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, of JAX or of NumPy."""
-    return isinstance(leaf, jax.Array | np.ndarray)
-
-
 def is_parameter(leaf: Any) -> bool:
     """Whether a leaf of a model is trained: a floating-point array, or the shape of one."""
-    array = is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    array = _tree.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
     return array and jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def _describe_leaves(tree: PyTree[Any]) -> str:
-    described = [
-        f"{path}: {leaf.dtype}{list(leaf.shape)}"
-        if hasattr(leaf, "shape")
-        else f"{path}: {type(leaf).__name__}"
-        for path, leaf in zip(_tree.paths(tree), jax.tree.leaves(tree), strict=True)
-    ]
-    return "{" + ", ".join(described[:12]) + (", …" if len(described) > 12 else "") + "}"

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from curvax import _tree
 from curvax._binding import binding
-from curvax.objective import Batch, Params, is_array
+from curvax.batch import Batch
+from curvax.objective import Params
 from curvax.plan import GainRatio, Observation
 from curvax.plan.plan import Due
 from curvax.transform import (
@@ -202,7 +203,9 @@ class Step:
     def _check(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None) -> None:
         """Shapes once for each kind of batch; values of targets whenever the host has them."""
         leaves, treedef = jax.tree.flatten(batch)
-        shapes = ((leaf.shape, leaf.dtype) if is_array(leaf) else type(leaf) for leaf in leaves)
+        shapes = (
+            (leaf.shape, leaf.dtype) if _tree.is_array(leaf) else type(leaf) for leaf in leaves
+        )
         kind = (treedef, *shapes)
         if kind not in self._outputs:
             params, objective = self.method.objective.bind(model)
@@ -264,7 +267,7 @@ def make_step(
 def _split(model: PyTree[Any]) -> tuple[list[Any], _Static]:
     """The arrays of a model, and the rest of it as a hashable argument."""
     leaves, treedef = jax.tree.flatten(model)
-    traced = lambda leaf: is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    traced = lambda leaf: _tree.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
     arrays = [leaf if traced(leaf) else None for leaf in leaves]
     return arrays, (treedef, tuple(None if traced(leaf) else leaf for leaf in leaves))
 

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar, Sca
 from curvax import _tree
 from curvax._convolution import loop_safe
 from curvax._masked import fill_masked, is_masked_tree, seen_by
+from curvax.batch import Batch
 from curvax.damping import AbstractDamping, DampingState, Gain
-from curvax.objective import Batch, Objective, Params
+from curvax.objective import Objective, Params
 from curvax.operators import AbstractCurvature
 from curvax.operators.algebra import quadratic_form
 from curvax.plan import AbstractCurvatureQuantity, GainRatio, Observation, Plan, Requirement

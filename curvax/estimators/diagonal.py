@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from curvax.objective import Linearisation, Objective, Params, weigh
+from curvax.batch import weigh
+from curvax.objective import Linearisation, Objective, Params
 from curvax.operators.metric import sampling_key
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from curvax import _tree
 from curvax._convolution import loop_safe
-from curvax.objective import Batch, Objective, Params, share
+from curvax.batch import Batch, share
+from curvax.objective import Objective, Params
 from curvax.operators.algebra import Scaled, Sum
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator
 from curvax.operators.curvature import AbstractCurvature, AbstractOutputCurvature

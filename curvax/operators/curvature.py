@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from curvax import _tree
 from curvax._checks import check_count
 from curvax._masked import Embedded, keep_unmasked
-from curvax.objective import Batch, Linearisation, Objective, Params
+from curvax.batch import Batch
+from curvax.objective import Linearisation, Objective, Params
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator, Transpose
 from curvax.operators.metric import AbstractOutputMetric, LossMetric, ScoreMetric
 from curvax.operators.rows import row_gram

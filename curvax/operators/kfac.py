@@ -11,7 +11,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from curvax import _tree
 from curvax._checks import check_count
-from curvax.objective import Batch, Objective, Params
+from curvax.batch import Batch
+from curvax.objective import Objective, Params
 from curvax.operators.base import AbstractSymmetricOperator, check_structure
 from curvax.operators.factors import AbstractFactor, DenseFactor, DiagonalFactor
 from curvax.operators.kronecker import (

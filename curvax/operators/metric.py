@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from curvax.batch import weigh
 from curvax.losses import AbstractLoss
-from curvax.objective import Linearisation, weigh
+from curvax.objective import Linearisation
 
 
 class AbstractOutputMetric(eqx.Module):

@@ -10,7 +10,8 @@ from curvax import _tree
 from curvax._binding import binding
 from curvax._jaxpr import cost
 from curvax._tables import table
-from curvax.objective import Batch, Objective, Params
+from curvax.batch import Batch
+from curvax.objective import Objective, Params
 from curvax.plan.plan import Entry
 from curvax.plan.quantities import (
     AbstractCurvatureQuantity,

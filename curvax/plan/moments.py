@@ -8,7 +8,8 @@ from jaxtyping import PRNGKeyArray
 
 from curvax._checks import check_count
 from curvax._masked import is_masked
-from curvax.objective import Batch, Objective, Params
+from curvax.batch import Batch
+from curvax.objective import Objective, Params
 from curvax.plan.quantities import AbstractQuantity, Scope
 from curvax.taps.blocks import Block, KroneckerBlock, find_blocks, input_side
 from curvax.taps.moments import FisherKind, Moments, collect_moments, tapped_pass

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
 from curvax._convolution import loop_safe
-from curvax.objective import Batch, Objective, Params
+from curvax.batch import Batch
+from curvax.objective import Objective, Params
 from curvax.plan.quantities import AbstractQuantity, GainRatio, Scope
 
 Due = bool | Bool[Array, ""]

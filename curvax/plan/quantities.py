@@ -15,8 +15,9 @@ import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
 from curvax._checks import check_count
+from curvax.batch import Batch
 from curvax.estimators import gauss_newton_bartlett, hutchinson_diagonal
-from curvax.objective import Batch, Linearisation, Objective, Params
+from curvax.objective import Linearisation, Objective, Params
 from curvax.operators import AbstractCurvature, Fisher, GaussNewton, Hessian
 
 

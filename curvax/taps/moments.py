@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from curvax import _tree
 from curvax._convolution import loop_safe
-from curvax.objective import Batch, Linearisation, Objective, Params, share, weigh
+from curvax.batch import Batch, share, weigh
+from curvax.objective import Linearisation, Objective, Params
 from curvax.operators.curvature import GaussNewton
 from curvax.operators.metric import ScoreMetric, sampling_key
 from curvax.taps.arrangement import Elementwise, Lookup

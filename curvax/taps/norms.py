@@ -19,7 +19,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from curvax import _tree
-from curvax.objective import Batch, Example, Linearisation, Objective, Params, share, weigh
+from curvax.batch import Batch, Example, share, weigh
+from curvax.objective import Linearisation, Objective, Params
 from curvax.operators.curvature import AbstractOutputCurvature
 from curvax.taps.arrangement import Arrangement, Elementwise, Lookup, accumulator, product
 from curvax.taps.blocks import Block, DiagonalBlock, find_blocks

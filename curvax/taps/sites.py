@@ -9,7 +9,8 @@ from jaxtyping import PyTree
 
 from curvax import _tree
 from curvax._tables import table
-from curvax.objective import Batch, Objective
+from curvax.batch import Batch
+from curvax.objective import Objective
 from curvax.taps.blocks import Block, DiagonalBlock, Form, find_blocks
 from curvax.taps.wishes import Ranks
 
