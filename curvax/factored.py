@@ -3,14 +3,13 @@ many steps, and applied in all.
 """
 
 import abc
-import dataclasses
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Scalar
+from jaxtyping import Array, Int, Scalar
 
 from curvax import _tree
 from curvax._checks import check_count, check_share
@@ -18,6 +17,14 @@ from curvax._linalg import matmul, transposed
 from curvax._stacks import finite_each, identities, joined, pick
 from curvax.blockwise import AbstractBlockPreconditioner, Memory
 from curvax.damping import AbstractFactorDamping
+from curvax.memories import (
+    DiagonalMemory,
+    EigenMemory,
+    KroneckerMemory,
+    Parts,
+    first_diagonal,
+    never,
+)
 from curvax.objective import Params
 from curvax.operators.factors import AbstractFactor, DiagonalFactor, spectra
 from curvax.operators.kronecker import AbstractBlockMatrix, Entries, Product, Rotated
@@ -34,69 +41,8 @@ from curvax.refresh import (
 from curvax.taps.blocks import Block, DiagonalBlock, KroneckerBlock
 from curvax.taps.statistics import Moment
 
-# The path of each block of a memory, and how many entries of its stack are its own.
-Parts = tuple[tuple[str, int], ...]
 # One factor of a state: the name of its memory, and "input" or "output".
 Place = tuple[str, str]
-
-
-class AbstractMemory(eqx.Module):
-    """What a state keeps of blocks of equal form, in one stack.
-
-    It goes by the path of the first. All arrays have the stack in front, but for `refreshed`, the
-    step of the last refresh, −1 before the first.
-    """
-
-    refreshed: eqx.AbstractVar[Int[Array, ""]]
-    parts: eqx.AbstractVar[Parts]
-
-    def with_(self, **fields: Any) -> Any:
-        """With other arrays in some fields."""
-        return dataclasses.replace(self, **fields)
-
-    def split(self) -> Iterator[tuple[str, Any]]:
-        """The memory of each block by itself, with its path."""
-        start = 0
-        for path, count in self.parts:
-            span = slice(start, start + count)
-            own = jax.tree.map(lambda array, span=span: array[span] if array.ndim else array, self)
-            yield path, own.with_(parts=((path, count),))
-            start += count
-
-
-class KroneckerMemory(AbstractMemory):
-    """The factors of Kronecker blocks."""
-
-    input: FactorMemory
-    output: FactorMemory
-    refreshed: Int[Array, ""]
-    parts: Parts = eqx.field(static=True)
-
-
-class EigenMemory(AbstractMemory):
-    """Factors, their eigenbases, and the second moments of gradients in those."""
-
-    input: FactorMemory
-    output: FactorMemory
-    input_basis: Float[Array, "stack in in"] | None
-    output_basis: Float[Array, "stack out out"] | None
-    scales: Float[Array, "stack out in"]
-    updates: Int[Array, " stack"]
-    refreshed: Int[Array, ""]
-    parts: Parts = eqx.field(static=True)
-
-
-class DiagonalMemory(AbstractMemory):
-    """The moving averages of diagonal blocks, each of the shape of its leaf, and what is added to
-    them before they are inverted: one number for each layer of a scanned leaf.
-    """
-
-    entries: Array
-    shift: Array
-    updates: Int[Array, " stack"]
-    failures: Int[Array, " stack"]
-    refreshed: Int[Array, ""]
-    parts: Parts = eqx.field(static=True)
 
 
 class _Factors(AbstractBlockPreconditioner):
@@ -125,7 +71,7 @@ class _Factors(AbstractBlockPreconditioner):
             dtype = _tree.accumulation_dtype(leaf.dtype)
             if isinstance(first, DiagonalBlock):
                 parts = tuple((block.path, 1) for block in group)
-                memory[first.path] = _first_diagonal(first, parts, leaf, dtype)
+                memory[first.path] = first_diagonal(first, parts, leaf, dtype)
                 continue
             parts = tuple((block.path, block.stack) for block in cast(list[KroneckerBlock], group))
             stack = sum(count for _, count in parts)
@@ -411,18 +357,6 @@ class EigenPreconditioner(_Factors):
         return Rotated(each.output_basis, each.input_basis, inverse)
 
 
-def _first_diagonal(block: DiagonalBlock, parts: Parts, leaf: Any, dtype: Any) -> DiagonalMemory:
-    stack = len(parts)
-    return DiagonalMemory(
-        entries=jnp.zeros((stack, *leaf.shape), dtype),
-        shift=jnp.ones((stack, *leaf.shape[: block.loops]), dtype),
-        updates=jnp.zeros((stack,), jnp.int32),
-        failures=jnp.zeros((stack,), jnp.int32),
-        refreshed=never(),
-        parts=parts,
-    )
-
-
 def _form(block: Block, leaves: list[Any]) -> Hashable:
     """What blocks have in common that are kept, refreshed and applied in one stack."""
     dtypes = tuple(leaves[leaf].dtype for leaf in block.leaves)
@@ -451,8 +385,3 @@ def _replaced(memory: Memory, places: list[Place], factors: list[FactorMemory]) 
     for (name, side), factor in zip(places, factors, strict=True):
         new[name] = new[name].with_(**{side: factor})
     return new
-
-
-def never() -> Int[Array, ""]:
-    """The step of a refresh that has not been."""
-    return jnp.full((), -1, jnp.int32)

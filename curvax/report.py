@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from curvax._tables import table
-from curvax.factored import AbstractMemory, DiagonalMemory
+from curvax.memories import AbstractMemory, DiagonalMemory
 from curvax.operators.factors import AbstractFactor, DenseFactor, LowRankFactor
 from curvax.refresh import FactorMemory
 from curvax.taps import blocks
