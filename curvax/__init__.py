@@ -81,9 +81,12 @@ from curvax.roots import CoupledNewtonRoot as CoupledNewtonRoot
 from curvax.roots import EigenbasisRoot as EigenbasisRoot
 from curvax.roots import EighRoot as EighRoot
 from curvax.roots import NewtonSchulzRoot as NewtonSchulzRoot
+from curvax.rules import AbstractTensorRule as AbstractTensorRule
+from curvax.rules import Chained as Chained
 from curvax.rules import EigenbasisAdam as EigenbasisAdam
 from curvax.rules import KroneckerCovariance as KroneckerCovariance
 from curvax.rules import KroneckerRoots as KroneckerRoots
+from curvax.rules import Momentum as Momentum
 from curvax.rules import NewtonSchulz as NewtonSchulz
 from curvax.rules import TriangularWhitening as TriangularWhitening
 from curvax.scalings import RMS as RMS
@@ -108,9 +111,6 @@ from curvax.taps import Sites as Sites
 from curvax.taps import sites as sites
 from curvax.taps.norms import gradient_norms as gradient_norms
 from curvax.tensors import Layouts as Layouts
-from curvax.tensorwise import AbstractTensorRule as AbstractTensorRule
-from curvax.tensorwise import Chained as Chained
-from curvax.tensorwise import Momentum as Momentum
 from curvax.tensorwise import TensorwiseState as TensorwiseState
 from curvax.transform import Method as Method
 from curvax.transform import Metrics as Metrics

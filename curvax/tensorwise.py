@@ -5,153 +5,17 @@ leaf consists of, a [`Layouts`][curvax.tensors.Layouts]. No extra argument is ne
 loop.
 """
 
-import abc
-import functools
-import operator
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, ScalarLike
+from jaxtyping import Array, Bool, Int
 
 from curvax import _tree
 from curvax.objective import Params
+from curvax.rules.base import AbstractTensorRule
 from curvax.tensors import Layout, Layouts
-
-
-class AbstractTensorRule(eqx.Module):
-    """What is made of a gradient, as stacks of tensors of equal shape, and what is kept of it.
-
-    It gets the stacks of all leaves at once, so that it can do for several together what takes
-    long for each, such as a factorisation. A state keeps its structure, shapes and dtypes.
-    """
-
-    @abc.abstractmethod
-    def init(self, stack: Array) -> Any:
-        """The state of one stack, from zeros of its shape (stack, *dimensions) and dtype."""
-
-    @abc.abstractmethod
-    def update(
-        self, stacks: Sequence[Array], states: Sequence[Any], count: Int[Array, ""]
-    ) -> tuple[Sequence[Array], Sequence[Any]]:
-        """The direction of each stack, with the gradient's sign, and its new state; `count` is the
-        number of steps taken so far, without those skipped. Stacks of low precision come as
-        float32. What is not finite in a gradient never gets into a state, but what fails on finite
-        numbers (a factorisation) is for the rule to look after.
-        """
-
-    # What is done at a cadence, before `update`. Nothing, unless a rule says otherwise.
-
-    def observe(
-        self, stacks: Sequence[Array], states: Sequence[Any], count: Int[Array, ""]
-    ) -> Sequence[Any]:
-        """The states after what a refresh in the same step is to have seen of the gradient."""
-        del stacks, count
-        return states
-
-    def due(self, count: Int[Array, ""]) -> Bool[Array, ""] | None:
-        """Whether this step has a refresh; None for a rule that has none."""
-        del count
-        return None
-
-    def refresh(self, states: Sequence[Any], count: Int[Array, ""]) -> Sequence[Any]:
-        """The states with what takes long done anew, for all leaves in one branch."""
-        del count
-        return states
-
-
-class Chained(AbstractTensorRule):
-    """One rule after the other: what one makes of a gradient is the gradient of the next.
-
-    **Arguments:** `rules`. The state of a stack is a tuple of theirs.
-    """
-
-    rules: tuple[AbstractTensorRule, ...]
-
-    def __init__(self, *rules: AbstractTensorRule):
-        self.rules = rules
-        for rule in rules[1:]:
-            if type(rule).observe is not AbstractTensorRule.observe:
-                raise ValueError(
-                    f"rules: got {type(rule).__name__} behind another, wanted it first: it "
-                    "observes the gradient before anything is made of it."
-                )
-
-    def init(self, stack: Array) -> tuple[Any, ...]:
-        return tuple(rule.init(stack) for rule in self.rules)
-
-    def update(
-        self, stacks: Sequence[Array], states: Sequence[Any], count: Int[Array, ""]
-    ) -> tuple[Sequence[Array], Sequence[Any]]:
-        kept: list[Sequence[Any]] = []
-        for i, rule in enumerate(self.rules):
-            stacks, new = rule.update(stacks, [state[i] for state in states], count)
-            kept.append(new)
-        return stacks, [tuple(each[i] for each in kept) for i in range(len(stacks))]
-
-    def observe(
-        self, stacks: Sequence[Array], states: Sequence[Any], count: Int[Array, ""]
-    ) -> Sequence[Any]:
-        first = self.rules[0].observe(stacks, [state[0] for state in states], count)
-        return [(new, *state[1:]) for new, state in zip(first, states, strict=True)]
-
-    def due(self, count: Int[Array, ""]) -> Bool[Array, ""] | None:
-        dues = [due for rule in self.rules if (due := rule.due(count)) is not None]
-        return functools.reduce(operator.or_, dues) if dues else None
-
-    def refresh(self, states: Sequence[Any], count: Int[Array, ""]) -> Sequence[Any]:
-        columns = [list(column) for column in zip(*states, strict=True)]
-        for i, rule in enumerate(self.rules):
-            due = rule.due(count)
-            if due is not None:
-                fresh = lambda states, rule=rule: list(rule.refresh(states, count))
-                columns[i] = jax.lax.cond(due, fresh, lambda states: states, columns[i])
-        return list(zip(*columns, strict=True))
-
-
-class MomentumState(NamedTuple):
-    """The moving average m, not corrected for its start."""
-
-    average: Array
-
-
-class Momentum(AbstractTensorRule):
-    """The moving average of the gradient, m ← βm + (1 − β)g, corrected for its start at zero.
-
-    **Arguments:**
-
-    - `decay`: β.
-    - `nesterov`: the average that the next step would have with the same gradient,
-      β m/(1 − βᵗ⁺²) + (1 − β) g/(1 − βᵗ⁺¹) at t = 0, 1, … (Dozat 2016).
-    """
-
-    decay: ScalarLike = 0.9
-    nesterov: bool = eqx.field(static=True, default=False)
-
-    def __check_init__(self):
-        if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
-            raise ValueError(f"momentum: got {self.decay}, wanted a number in [0, 1).")
-
-    def init(self, stack: Array) -> MomentumState:
-        return MomentumState(jnp.zeros_like(stack))
-
-    def update(
-        self, stacks: Sequence[Array], states: Sequence[Any], count: Int[Array, ""]
-    ) -> tuple[Sequence[Array], Sequence[Any]]:
-        steps, kept = [], []
-        for gradient, state in zip(stacks, states, strict=True):
-            decay = jnp.asarray(self.decay, gradient.dtype)
-            now, ahead = (1 - decay ** (count + t).astype(decay.dtype) for t in (1, 2))
-            average = decay * state.average + (1 - decay) * gradient
-            kept.append(MomentumState(average))
-            if self.nesterov:
-                steps.append(decay / ahead * average + (1 - decay) / now * gradient)
-            else:
-                steps.append(average / now)
-        return steps, kept
 
 
 class TensorwiseState(NamedTuple):

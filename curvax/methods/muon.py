@@ -6,9 +6,12 @@ import optax
 from jaxtyping import ScalarLike
 
 from curvax.orthogonal import QUINTIC, Coefficients
+from curvax.rules.base import AbstractTensorRule
+from curvax.rules.chained import Chained
+from curvax.rules.momentum import Momentum
 from curvax.rules.orthogonal import NewtonSchulz
 from curvax.tensors import Axes, Layouts
-from curvax.tensorwise import AbstractTensorRule, Chained, Momentum, tensorwise
+from curvax.tensorwise import tensorwise
 
 
 def muon(

@@ -6,9 +6,11 @@ from typing import Any
 import optax
 from jaxtyping import Array, ScalarLike
 
+from curvax.rules.chained import Chained
+from curvax.rules.momentum import Momentum
 from curvax.rules.whitening import TriangularWhitening
 from curvax.tensors import Axes, Layouts
-from curvax.tensorwise import Chained, Momentum, tensorwise
+from curvax.tensorwise import tensorwise
 
 
 def psgd_kron(

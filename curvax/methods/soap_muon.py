@@ -6,10 +6,11 @@ import optax
 from jaxtyping import ScalarLike
 
 from curvax.orthogonal import QUINTIC, Coefficients
+from curvax.rules.chained import Chained
 from curvax.rules.eigenbasis_adam import EigenbasisAdam
 from curvax.rules.orthogonal import NewtonSchulz
 from curvax.tensors import Axes, Layouts
-from curvax.tensorwise import Chained, tensorwise
+from curvax.tensorwise import tensorwise
 
 
 def soap_muon(

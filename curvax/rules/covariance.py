@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from curvax.rules.base import AbstractTensorRule
 from curvax.rules.bases import EigenSide, first_side, projected, rotated, turned_sides
 from curvax.rules.checks import check_cadences, check_decay
 from curvax.rules.sides import second_moment, spread, with_factor
-from curvax.tensorwise import AbstractTensorRule
 
 
 class CovarianceState(NamedTuple):

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from curvax.rules.base import AbstractTensorRule
 from curvax.rules.bases import (
     EigenSide,
     first_side,
@@ -17,7 +18,6 @@ from curvax.rules.bases import (
 )
 from curvax.rules.checks import check_cadences, check_decay
 from curvax.rules.sides import second_moment, with_factor
-from curvax.tensorwise import AbstractTensorRule
 
 
 class EigenAdamState(NamedTuple):

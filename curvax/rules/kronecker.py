@@ -16,12 +16,12 @@ from curvax.roots import (
     first_root,
     refreshed,
 )
+from curvax.rules.base import AbstractTensorRule
 from curvax.rules.checks import check_cadences, check_decay
 from curvax.rules.low_rank import LowRankSide, first_low_rank, refreshed_sides, rooted
 from curvax.rules.sides import along, second_moment, spread, with_factor
 from curvax.taps.blocks import Form
 from curvax.taps.wishes import SideRank, as_rank
-from curvax.tensorwise import AbstractTensorRule
 
 
 class FullSide(NamedTuple):

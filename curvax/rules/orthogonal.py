@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, ScalarLike
 
 from curvax._linalg import joined, spans, transposed
 from curvax.orthogonal import QUINTIC, Coefficients, newton_schulz
-from curvax.tensorwise import AbstractTensorRule
+from curvax.rules.base import AbstractTensorRule
 
 # Matrices that keep a device busy: a stack of so many is not copied into a larger one.
 _ENOUGH = 8

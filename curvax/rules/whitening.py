@@ -11,8 +11,8 @@ from jaxtyping import Array, Int, PRNGKeyArray, ScalarLike, UInt32
 
 from curvax._linalg import matmul, transposed
 from curvax._triangular import solve_transposed, triangular_product
+from curvax.rules.base import AbstractTensorRule
 from curvax.rules.sides import along, second_moment, spread, with_factor
-from curvax.tensorwise import AbstractTensorRule
 
 Factors = tuple[Array, ...]
 
