@@ -57,6 +57,15 @@ def kl_shampoo(
     fit.
     """
     layouts = Layouts.of(axes, block=block_size, merge=merge, longest=longest, order=2)
-    rule = KroneckerCovariance(b1, b2, eps, initial, limit, refresh_every, longest, one_sided)
+    rule = KroneckerCovariance(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        initial=initial,
+        limit=limit,
+        refresh_every=refresh_every,
+        longest=longest,
+        one_sided=one_sided,
+    )
     rest = optax.scale_by_adam(b1, b2, eps) if rest is None else rest
     return tensorwise(rule, layouts, rest=rest)

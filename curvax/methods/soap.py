@@ -64,6 +64,15 @@ def soap(
     fit.
     """
     layouts = Layouts.of(axes, block=block_size, merge=merge, longest=longest, order=2)
-    rule = EigenbasisAdam(b1, b2, eps, decay, refresh_every, longest, one_sided, tolerance)
+    rule = EigenbasisAdam(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        decay=decay,
+        refresh_every=refresh_every,
+        longest=longest,
+        one_sided=one_sided,
+        tolerance=tolerance,
+    )
     rest = optax.scale_by_adam(b1, b2, eps) if rest is None else rest
     return tensorwise(rule, layouts, rest=rest)

@@ -1,8 +1,10 @@
 """Dimensions whose second moments have eigenbases, and what is kept in these coordinates."""
 
+import abc
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -10,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from curvax._linalg import applied, joined, spans
 from curvax.eigenbasis import turned
 from curvax.roots import identities
-from curvax.rules.sides import along, spread
+from curvax.rules.base import AbstractTensorRule
+from curvax.rules.sides import along, spread, with_factor
 
 
 class EigenSide(NamedTuple):
@@ -33,11 +36,60 @@ class Turned(NamedTuple):
     order: Int[Array, "stack n"]
 
 
+class AbstractEigenbasisRule(AbstractTensorRule):
+    """What keeps something in the coordinates of bases that are turned every T steps.
+
+    The bases are those of the gradients before: a refresh is due after the steps 1, T + 1, 2T + 1,
+    …, and done before the step that is next. The first step only begins the second moments.
+    """
+
+    refresh_every: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def turns(self, sides: Sequence[Any], first: Bool[Array, ""]) -> Sequence[Any]:
+        """All sides that there are, with their bases anew; `first` where there were none yet."""
+
+    @abc.abstractmethod
+    def turned(self, state: Any, turns: Sequence[Any]) -> Any:
+        """The state of a stack in the new coordinates; None for a dimension without a side."""
+
+    @abc.abstractmethod
+    def step(self, gradient: Array, state: Any, count: Int[Array, ""]) -> tuple[Array, Any]:
+        """The direction of one stack, and its new state."""
+
+    def due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
+        return (count > 0) & ((count - 1) % self.refresh_every == 0)
+
+    def refresh(self, states: Sequence[Any], count: Int[Array, ""]) -> Sequence[Any]:
+        present = [side for state in states for side in state.sides if side is not None]
+        found = iter(self.turns(present, count == 1))
+        turns = [[None if side is None else next(found) for side in s.sides] for s in states]
+        return list(map(self.turned, states, turns))
+
+    def update(
+        self, stacks: Sequence[Array], states: Sequence[Any], count: Int[Array, ""]
+    ) -> tuple[Sequence[Array], Sequence[Any]]:
+        pairs = [self.step(*pair, count) for pair in zip(stacks, states, strict=True)]
+        return [step for step, _ in pairs], [state for _, state in pairs]
+
+
 def first_side(stack: int, size: int, dtype: Any) -> EigenSide:
     """Nothing measured, and the identity."""
     count = lambda: jnp.zeros((stack,), jnp.int32)
     zeros = jnp.zeros((stack, size, size), dtype)
     return EigenSide(zeros, identities(stack, size, dtype), count(), count())
+
+
+def first_sides(stack: Array, longest: int | None, one_sided: bool) -> tuple[EigenSide | None, ...]:
+    """Those of the dimensions of a stack that have one."""
+    count, *shape = stack.shape
+    has = with_factor(tuple(shape), longest, one_sided)
+    pairs = zip(shape, has, strict=True)
+    return tuple(first_side(count, n, stack.dtype) if there else None for n, there in pairs)
+
+
+def sides_of(turns: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(None if turn is None else turn.side for turn in turns)
 
 
 def turned_sides(

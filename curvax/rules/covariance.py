@@ -9,10 +9,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
-from curvax.rules.base import AbstractTensorRule
-from curvax.rules.bases import EigenSide, first_side, projected, rotated, turned_sides
+from curvax.rules.bases import (
+    AbstractEigenbasisRule,
+    EigenSide,
+    Turned,
+    first_sides,
+    projected,
+    rotated,
+    sides_of,
+    turned_sides,
+)
 from curvax.rules.checks import check_cadences, check_decay
-from curvax.rules.sides import second_moment, spread, with_factor
+from curvax.rules.sides import second_moment, spread
 
 
 class CovarianceState(NamedTuple):
@@ -25,7 +33,7 @@ class CovarianceState(NamedTuple):
     values: tuple[Float[Array, "stack n"] | None, ...]
 
 
-class KroneckerCovariance(AbstractTensorRule):
+class KroneckerCovariance(AbstractEigenbasisRule):
     """S^−½ of the mean gradient, with S = S₁ ⊗ S₂ ⊗ … near to the gradient's second moment in KL
     divergence: KL-Shampoo (Lin et al. 2025, with the QR scheme).
 
@@ -67,37 +75,20 @@ class KroneckerCovariance(AbstractTensorRule):
             raise ValueError(f"initial: got {self.initial}, wanted a positive number.")
 
     def init(self, stack: Array) -> CovarianceState:
-        count, *shape = stack.shape
-        has = with_factor(tuple(shape), self.longest, self.one_sided)
-        pairs = list(zip(shape, has, strict=True))
-        dtype, initial = stack.dtype, jnp.asarray(self.initial, stack.dtype)
-        sides = tuple(first_side(count, size, dtype) if there else None for size, there in pairs)
+        sides = first_sides(stack, self.longest, self.one_sided)
+        initial = jnp.asarray(self.initial, stack.dtype)
         values = tuple(
-            jnp.full((count, size), initial, dtype) if there else None for size, there in pairs
+            None if side is None else jnp.full(side.factor.shape[:2], initial) for side in sides
         )
         return CovarianceState(stack, sides, values)
 
-    def due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
-        # After the step before.
-        return (count > 0) & ((count - 1) % self.refresh_every == 0)
+    def turns(self, sides: Sequence[Any], first: Bool[Array, ""]) -> Sequence[Turned]:
+        return turned_sides(sides, first, sort=False)
 
-    def refresh(self, states: Sequence[Any], count: Int[Array, ""]) -> Sequence[Any]:
-        present = [side for state in states for side in state.sides if side is not None]
-        found = iter(turned_sides(present, count == 1, sort=False))
-        results = []
-        for mean, sides, values in states:
-            turns = [None if side is None else next(found) for side in sides]
-            sides = tuple(None if turn is None else turn.side for turn in turns)
-            results.append(CovarianceState(rotated(mean, turns), sides, values))
-        return results
+    def turned(self, state: CovarianceState, turns: Sequence[Turned | None]) -> CovarianceState:
+        return CovarianceState(rotated(state.mean, turns), sides_of(turns), state.values)
 
-    def update(
-        self, stacks: Sequence[Array], states: Sequence[Any], count: Int[Array, ""]
-    ) -> tuple[Sequence[Array], Sequence[Any]]:
-        pairs = [self._step(*pair, count) for pair in zip(stacks, states, strict=True)]
-        return [step for step, _ in pairs], [state for _, state in pairs]
-
-    def _step(
+    def step(
         self, gradient: Array, state: CovarianceState, count: Int[Array, ""]
     ) -> tuple[Array, CovarianceState]:
         dtype, order = gradient.dtype, gradient.ndim - 1

@@ -7,17 +7,19 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
-from curvax.rules.base import AbstractTensorRule
 from curvax.rules.bases import (
+    AbstractEigenbasisRule,
     EigenSide,
-    first_side,
+    Turned,
+    first_sides,
     projected,
     reordered,
     rotated,
+    sides_of,
     turned_sides,
 )
 from curvax.rules.checks import check_cadences, check_decay
-from curvax.rules.sides import second_moment, with_factor
+from curvax.rules.sides import second_moment
 
 
 class EigenAdamState(NamedTuple):
@@ -30,7 +32,7 @@ class EigenAdamState(NamedTuple):
     sides: tuple[EigenSide | None, ...]
 
 
-class EigenbasisAdam(AbstractTensorRule):
+class EigenbasisAdam(AbstractEigenbasisRule):
     """Adam in the coordinates of an eigenbasis of GGᵀ for each dimension: SOAP (Vyas et al. 2024,
     algorithms 3 and 4).
 
@@ -65,40 +67,17 @@ class EigenbasisAdam(AbstractTensorRule):
         check_cadences(refresh_every=self.refresh_every)
 
     def init(self, stack: Array) -> EigenAdamState:
-        count, *shape = stack.shape
-        has = with_factor(tuple(shape), self.longest, self.one_sided)
-        sides = tuple(
-            first_side(count, size, stack.dtype) if there else None
-            for size, there in zip(shape, has, strict=True)
-        )
+        sides = first_sides(stack, self.longest, self.one_sided)
         return EigenAdamState(stack, jnp.zeros_like(stack), sides)
 
-    def due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
-        # After the step before.
-        return (count > 0) & ((count - 1) % self.refresh_every == 0)
+    def turns(self, sides: Sequence[Any], first: Bool[Array, ""]) -> Sequence[Turned]:
+        return turned_sides(sides, first, tolerance=self.tolerance)
 
-    def refresh(self, states: Sequence[Any], count: Int[Array, ""]) -> Sequence[Any]:
-        present = [side for state in states for side in state.sides if side is not None]
-        found = iter(turned_sides(present, count == 1, tolerance=self.tolerance))
-        results = []
-        for mean, square, sides in states:
-            turns = [None if side is None else next(found) for side in sides]
-            results.append(
-                EigenAdamState(
-                    rotated(mean, turns),
-                    reordered(square, turns),
-                    tuple(None if turn is None else turn.side for turn in turns),
-                )
-            )
-        return results
+    def turned(self, state: EigenAdamState, turns: Sequence[Turned | None]) -> EigenAdamState:
+        mean, square, _ = state
+        return EigenAdamState(rotated(mean, turns), reordered(square, turns), sides_of(turns))
 
-    def update(
-        self, stacks: Sequence[Array], states: Sequence[Any], count: Int[Array, ""]
-    ) -> tuple[Sequence[Array], Sequence[Any]]:
-        pairs = [self._step(*pair, count) for pair in zip(stacks, states, strict=True)]
-        return [step for step, _ in pairs], [state for _, state in pairs]
-
-    def _step(
+    def step(
         self, gradient: Array, state: EigenAdamState, count: Int[Array, ""]
     ) -> tuple[Array, EigenAdamState]:
         dtype = gradient.dtype
