@@ -88,6 +88,7 @@ from curvax.rules import KroneckerCovariance as KroneckerCovariance
 from curvax.rules import KroneckerRoots as KroneckerRoots
 from curvax.rules import Momentum as Momentum
 from curvax.rules import NewtonSchulz as NewtonSchulz
+from curvax.rules import SubspaceAdam as SubspaceAdam
 from curvax.rules import TriangularWhitening as TriangularWhitening
 from curvax.scalings import RMS as RMS
 from curvax.scalings import AbstractScaling as AbstractScaling

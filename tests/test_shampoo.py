@@ -18,7 +18,12 @@ from tests.problems import avals
 from tests.references import shampoo as reference
 
 STEPS, RATE = 10, 0.05
-METHODS = {"shampoo": shampoo, "soap": soap, "kl_shampoo": kl_shampoo}
+METHODS = {
+    "shampoo": shampoo,
+    "soap": soap,
+    "low_rank_soap": functools.partial(soap, rank=2),
+    "kl_shampoo": kl_shampoo,
+}
 ROOTS = {
     "eigh": cx.EighRoot,
     "eigenbasis": cx.EigenbasisRoot,
@@ -517,7 +522,9 @@ def test_kl_shampoo_limits_its_eigenvalues():
 
 
 @pytest.fixture(params=METHODS)
-def method(request):
+def method(request, monkeypatch):
+    if request.param == "low_rank_soap":
+        monkeypatch.setattr("curvax.taps.blocks.WHOLE", 1)
     return request.param
 
 
@@ -615,7 +622,7 @@ def roots_of(state):
 
 
 # The steps, from 0 on, in which a refresh every third step is done.
-REFRESHED = {"shampoo": (0, 1, 2, 3, 6), "soap": (1, 4, 7), "kl_shampoo": (1, 4, 7)}
+REFRESHED = dict.fromkeys(METHODS, (1, 4, 7)) | {"shampoo": (0, 1, 2, 3, 6)}
 
 
 def test_cadence(method):
@@ -718,10 +725,11 @@ def test_arguments_out_of_range(build, message):
 
 
 def test_hyperparameters_can_be_traced(method):
-    floats = {"shampoo": ("decay",), "soap": ("b1", "b2"), "kl_shampoo": ("b1", "b2")}[method]
+    floats = ("decay",) if method == "shampoo" else ("b1", "b2")
     params = {"w": jnp.zeros((3, 3))}
     gradients = random_gradients(params, 3)
     static = {"refresh_every", "block_size", "merge", "longest"}
+    static |= {"rank"} if method == "low_rank_soap" else set()
     static |= {"statistics_every"} if method == "shampoo" else set()
     numbers = dict.fromkeys(floats, 0.5)
     optimizer = optax.inject_hyperparams(METHODS[method], static_args=static)(

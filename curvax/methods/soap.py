@@ -1,9 +1,13 @@
 """SOAP: Adam in Shampoo's eigenbasis."""
 
+import functools
+
 import optax
 from jaxtyping import ScalarLike
 
 from curvax.rules.eigenbasis_adam import EigenbasisAdam
+from curvax.rules.subspace_adam import SubspaceAdam
+from curvax.taps.wishes import SideRank
 from curvax.tensors import Axes, Layouts
 from curvax.tensorwise import tensorwise
 
@@ -20,6 +24,7 @@ def soap(
     merge: int = 0,
     longest: int | None = 8192,
     one_sided: bool = False,
+    rank: SideRank = None,
     axes: Axes | None = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -48,6 +53,10 @@ def soap(
     - `longest`: dimensions longer than this, such as a vocabulary, are not cut, and keep their own
       coordinates. Where all do, it is Adam.
     - `one_sided`: only the shortest dimension of a block has a basis (section 6.3 of the paper).
+    - `rank`: how bases are held: the columns that there are, as a share of the side or a number, or
+      None for full ones. At low rank Adam's second moments are those of the coordinates in the span
+      and one for all outside: see [`SubspaceAdam`][curvax.SubspaceAdam]. Sides of at most 32 are
+      full whatever the rank.
     - `axes`: the names of the axes of leaves, by a part of their path, as of
       [`Layouts`][curvax.tensors.Layouts]: `{"layers": "layers ..."}` for layers in one array.
     - `rest`: for leaves of one axis, and others that are no tensors. None is Adam with the same
@@ -56,15 +65,17 @@ def soap(
     **Returns** an Optax transformation that keeps the sign of the gradient: chain it with
     `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
 
-    **State:** Adam's two copies of the parameters, and for each block m × n 2(m² + n²) numbers.
-    **Cost:** a step 6mn(m + n) operations, one third of it for the averages; a refresh about 12(m³
-    + n³) + 2mn(m + n), and an eigendecomposition in the second step.
+    **State:** Adam's two copies of the parameters, and for each block m × n 2(m² + n²) numbers; at
+    rank k one copy, and 2k(m + n) + (k + 1)². **Cost:** a step 6mn(m + n) operations, one third of
+    it for the averages; a refresh about 12(m³ + n³) + 2mn(m + n), and an eigendecomposition in the
+    second step. At rank k a step costs 16mnk operations, and a refresh about 14k²(m + n).
 
     **Raises** `ValueError` for arguments out of range, and in `init` for names of axes that do not
     fit.
     """
     layouts = Layouts.of(axes, block=block_size, merge=merge, longest=longest, order=2)
-    rule = EigenbasisAdam(
+    kind = EigenbasisAdam if rank is None else functools.partial(SubspaceAdam, rank=rank)
+    rule = kind(
         b1=b1,
         b2=b2,
         eps=eps,

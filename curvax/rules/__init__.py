@@ -7,4 +7,5 @@ from curvax.rules.eigenbasis_adam import EigenbasisAdam as EigenbasisAdam
 from curvax.rules.kronecker import KroneckerRoots as KroneckerRoots
 from curvax.rules.momentum import Momentum as Momentum
 from curvax.rules.orthogonal import NewtonSchulz as NewtonSchulz
+from curvax.rules.subspace_adam import SubspaceAdam as SubspaceAdam
 from curvax.rules.whitening import TriangularWhitening as TriangularWhitening

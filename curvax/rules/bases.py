@@ -35,6 +35,11 @@ class Turned(NamedTuple):
     rotation: Float[Array, "stack n n"]
     order: Int[Array, "stack n"]
 
+    def reordered(self, stack: Array, dim: int) -> Array:
+        """What belongs to each coordinate along a dimension, in the order that they have now."""
+        order = spread(self.order, dim, stack.ndim - 1)
+        return jnp.take_along_axis(stack, order, axis=dim + 1)
+
 
 class AbstractEigenbasisRule(AbstractTensorRule):
     """What keeps something in the coordinates of bases that are turned every T steps.
@@ -149,10 +154,9 @@ def rotated(stack: Array, turns: Sequence[Turned | None]) -> Array:
     return stack
 
 
-def reordered(stack: Array, turns: Sequence[Turned | None]) -> Array:
+def reordered(stack: Array, turns: Sequence[Any]) -> Array:
     """What belongs to each coordinate, in the order that they have now."""
     for dim, turn in enumerate(turns):
         if turn is not None:
-            order = spread(turn.order, dim, stack.ndim - 1)
-            stack = jnp.take_along_axis(stack, order, axis=dim + 1)
+            stack = turn.reordered(stack, dim)
     return stack

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from curvax._linalg import einsum, matmul, shifted
 from curvax.operators.factors import LowRankFactor
-from curvax.refresh import FactorMemory, first_factor, refresh
+from curvax.refresh import FactorMemory, first_factor, pick, refresh
 from curvax.roots import AbstractInverseRoot, RootState, first_root, largest_eigenvalue
 from curvax.rules.sides import along, names_of
 from curvax.taps.blocks import Form
@@ -31,10 +31,7 @@ class LowRankSide(NamedTuple):
 
     def measured(self, stack: Array, dim: int, decay: Array, weight: Array) -> "LowRankSide":
         """After a gradient, by two products with Q."""
-        names = names_of(stack)
-        thin = along(stack, cast(Array, self.factor.basis), dim, transpose=True)
-        other = names.replace(names[dim], "z")
-        product = einsum(f"s{names},s{other}->s{names[dim]}z", stack, thin)
+        product = sketched(stack, cast(Array, self.factor.basis), dim)
         trace = jnp.sum(jnp.square(stack), range(1, stack.ndim))
         return self._replace(
             sketch=decay * self.sketch + weight * product,
@@ -48,6 +45,29 @@ class LowRankSide(NamedTuple):
         inside = along(inside, shifted(self.root.root, -self.outside), dim)
         outside = self.outside.reshape(-1, *(1,) * (stack.ndim - 1))
         return outside * stack + along(inside, basis, dim)
+
+
+def sketched(stack: Array, basis: Array, dim: int) -> Float[Array, "stack n k"]:
+    """The second moment along a dimension times Q, without the moment."""
+    names = names_of(stack)
+    thin = along(stack, basis, dim, transpose=True)
+    other = names.replace(names[dim], "z")
+    return einsum(f"s{names},s{other}->s{names[dim]}z", stack, thin)
+
+
+def renewed(
+    factors: Sequence[LowRankFactor], sketches: Sequence[Array], traces: Sequence[Array]
+) -> list[tuple[LowRankFactor, Bool[Array, " stack"]]]:
+    """Factors from the sketches FQ in their bases and the traces of F, by one pass of a Nyström
+    approximation, and whether they are finite; those that are not stay as they are.
+    """
+    memories = []
+    for factor in factors:
+        # One that has no past is all moment.
+        none = jnp.zeros(factor.tail.shape, jnp.int32)
+        memories.append(FactorMemory(factor, factor, none, none))
+    done = refresh(memories, list(map(Moment, sketches, traces)), 1.0)
+    return [(cast(LowRankFactor, memory.factor), memory.updates > 0) for memory in done]
 
 
 def first_low_rank(
@@ -65,23 +85,17 @@ def first_low_rank(
 
 
 def refreshed_sides(sides: Sequence[LowRankSide]) -> list[LowRankSide]:
-    """With factors from their sketches, by one pass of a Nyström approximation."""
-    memories = []
-    for side in sides:
-        # One that has no past is all moment.
-        none = jnp.zeros_like(side.root.failures)
-        memories.append(FactorMemory(side.factor, side.factor, none, side.root.failures))
-    moments = [Moment(side.sketch, side.trace) for side in sides]
+    """With factors from their sketches."""
+    columns = ([getattr(side, name) for side in sides] for name in ("factor", "sketch", "trace"))
     results = []
-    for side, memory in zip(sides, refresh(memories, moments, 1.0), strict=True):
-        factor = cast(LowRankFactor, memory.factor)
+    for side, (factor, ok) in zip(sides, renewed(*columns), strict=True):
         sketch = matmul(cast(Array, factor.basis), factor.core)
-        ok = (memory.updates > 0)[:, None, None]
+        failures = side.root.failures + (~ok).astype(jnp.int32)
         results.append(
             side._replace(
                 factor=factor,
-                sketch=jnp.where(ok, sketch, side.sketch),
-                root=side.root._replace(failures=memory.failures),
+                sketch=pick(ok, sketch, side.sketch),
+                root=side.root._replace(failures=failures),
             )
         )
     return results

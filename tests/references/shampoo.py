@@ -207,6 +207,81 @@ class Soap:
         return step
 
 
+class SubspaceSoap:
+    """SOAP with the leading eigenvectors of each dimension that has a start in `starts` (the other
+    ones have all), written with complete bases: of the squares in the coordinates that are left,
+    each has the mean. Bases are those of a Nyström approximation, as of `LowRankShampoo`; a new
+    coordinate has the square that it would have if the old ones were not correlated.
+    """
+
+    def __init__(self, shape, starts, *, b1=0.95, b2=0.95, decay=None, eps=1e-8, every=10):
+        self.b1, self.b2, self.eps, self.every = b1, b2, eps, every
+        self.decay = b2 if decay is None else decay
+        self.mean, self.square, self.t = np.zeros(shape), np.zeros(shape), 0
+        self.thin, self.q = dict(starts), {}
+        self.moments = {
+            i: np.zeros(self.thin[i].shape if i in self.thin else (n, n))
+            for i, n in enumerate(shape)
+        }
+
+    def project(self, g, back=False):
+        for i, q in self.q.items():
+            g = multiplied(g, q if back else q.T, i)
+        return g
+
+    def measure(self, g):
+        for i in self.moments:
+            rows = unfolded(g, i)
+            moment = rows @ rows.T
+            moment = moment @ self.thin[i] if i in self.thin else moment
+            self.moments[i] = self.decay * self.moments[i] + (1 - self.decay) * moment
+
+    def shared(self, squares):
+        for i, q in self.thin.items():
+            inside, outside = np.split(squares, [q.shape[1]], axis=i)
+            outside = np.broadcast_to(outside.mean(axis=i, keepdims=True), outside.shape)
+            squares = np.concatenate([inside, outside], axis=i)
+        return squares
+
+    def turn(self, first):
+        for i, a in self.moments.items():
+            if i not in self.thin:
+                self.q[i], order = (
+                    (descending(a), np.arange(len(a))) if first else orthogonal_step(a, self.q[i])
+                )
+                self.square = np.take(self.square, order, axis=i)
+                continue
+            half = np.linalg.solve(np.linalg.cholesky(self.thin[i].T @ a), a.T).T
+            q, r = np.linalg.qr(half)
+            core = r @ r.T
+            v = descending(core) if first else orthogonal_step(core, np.eye(len(core)))[0]
+            self.thin[i], self.moments[i] = q @ v, q @ core @ v
+            complete = np.linalg.qr(self.thin[i], mode="complete")[0]
+            complete[:, : v.shape[1]] = self.thin[i]
+            if not first:
+                self.square = multiplied(self.square, (complete.T @ self.q[i]) ** 2, i)
+            self.q[i] = complete
+        self.square = self.shared(self.square)
+
+    def step(self, g):
+        if self.t == 0:
+            self.measure(g)
+            self.turn(True)
+            self.t = 1
+            return np.zeros_like(g)
+        self.mean = self.b1 * self.mean + (1 - self.b1) * g
+        square = self.shared(self.project(g) ** 2)
+        self.square = self.b2 * self.square + (1 - self.b2) * square
+        step = self.project(self.mean) / (np.sqrt(self.square) + self.eps)
+        step = step * np.sqrt(1 - self.b2**self.t) / (1 - self.b1**self.t)
+        self.measure(g)
+        step = self.project(step, back=True)
+        if self.t % self.every == 0:
+            self.turn(False)
+        self.t += 1
+        return step
+
+
 class KLShampoo:
     """Lin et al. (2025): KL-Shampoo with QR steps and eigenvalues that are moving averages; the
     first call begins the factors, with nothing whitened, and returns zeros.
