@@ -36,6 +36,7 @@ class Layout:
         dims: For each dimension of a tensor, the axes of the leaf that are merged into it.
         block: The longest that a dimension of a block may be; None for no limit.
         longest: Dimensions longer than this are not cut; None cuts all.
+        outputs: Which dimension of a matrix has its outputs; None where tensors are not matrices.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Layout:
     dims: tuple[tuple[int, ...], ...]
     block: int | None = None
     longest: int | None = None
+    outputs: int | None = None
 
     @property
     def count(self) -> int:
@@ -152,7 +154,8 @@ class Layouts:
         axes: As above.
         block: Dimensions longer than this are cut.
         merge: Neighbouring dimensions are merged as long as the product is at most this.
-        matrices: Tensors are of order 2: (out, in).
+        matrices: Tensors are of order 2, inputs and outputs in the order that they have in memory:
+            to turn them would be one more pass over all of a state.
         longest: Dimensions longer than this are not cut; None cuts all.
         order: Tensors have so many dimensions at the least: leaves with fewer that are longer
             than 1 are no tensors, and merging stops there.
@@ -210,7 +213,11 @@ class Layouts:
         if self.matrices:
             if len(axes) == 2 and not dims:
                 dims = [(axes[1],), (axes[0],)]  # "in out"
-            return Layout(path, shape, tuple(stack), tuple(dims), self.block) if dims[1:] else None
+            if len(dims) < 2:
+                return None
+            outputs = int(dims[0] > dims[1])
+            order = tuple(sorted(dims))
+            return Layout(path, shape, tuple(stack), order, self.block, outputs=outputs)
         dims = dims or self._merged(shape, axes)
         long = sum(math.prod(shape[axis] for axis in dim) > 1 for dim in dims)
         if not dims or (self.order > 1 and long < self.order):

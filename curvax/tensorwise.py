@@ -5,12 +5,13 @@ leaf consists of, a [`Layouts`][curvax.tensors.Layouts]. No extra argument is ne
 loop.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, ScalarLike
 
 from curvax import _tree
 from curvax.objective import Params
@@ -39,6 +40,7 @@ def tensorwise(
     *,
     rest: optax.GradientTransformation | None = None,
     magnitude: optax.GradientTransformation | None = None,
+    scale: Callable[[Layout], ScalarLike] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that applies a rule to the tensors of each leaf.
 
@@ -50,6 +52,7 @@ def tensorwise(
       they are.
     - `magnitude`: grafting (Agarwal et al. 2020): each tensor, before it is cut into blocks, gets
       the norm that it has after this transformation of the gradient.
+    - `scale`: what the directions of a leaf's tensors are multiplied by.
 
     Where the square norm of the gradient is not finite, an update gives zeros, leaves the state as
     it was, and is counted in `skipped`. `init` **raises** `ValueError` for names of axes that do
@@ -91,6 +94,12 @@ def tensorwise(
         # more pass over all of them.
         finite = jnp.isfinite(_tree.dot(updates, updates))
         steps, tensors = _directions(rule, found, jax.tree.leaves(seen), state, finite)
+        if scale is not None:
+            scales = [
+                jnp.asarray(scale(layout), step.dtype)
+                for layout, step in zip(found, steps, strict=True)
+            ]
+            steps = [step * each for step, each in zip(steps, scales, strict=True)]
         magnitude = state.magnitude
         # Optax divides counts of steps by floats.
         with jax.numpy_dtype_promotion("standard"):

@@ -117,10 +117,15 @@ def test_tensors_are_those_that_the_names_say():
 def test_matrices():
     matrices = functools.partial(layout_of, matrices=True)
     x = numbered((3, 4))
-    np.testing.assert_array_equal(matrices(x.shape).tensors(jnp.asarray(x))[0], x.T)
-    np.testing.assert_array_equal(matrices(x.shape, "out in").tensors(jnp.asarray(x))[0], x)
-    assert matrices((2, 3, 4), "layers ...").blocks == ((2, 4, 3),)
-    assert matrices((2, 3, 4), "in heads out").blocks == ((3, 4, 2),)
+    for words, outputs in ((None, 1), ("in out", 1), ("out in", 0)):
+        layout = matrices(x.shape, words)
+        # As it lies in memory.
+        np.testing.assert_array_equal(layout.tensors(jnp.asarray(x))[0], x)
+        assert layout.outputs == outputs
+    assert matrices((2, 3, 4), "layers ...").blocks == ((2, 3, 4),)
+    assert matrices((2, 3, 4), "in heads out").blocks == ((3, 2, 4),)
+    both = matrices((2, 3, 4, 5), "out in in out")
+    assert both.sizes == (10, 12) and both.outputs == 0
     for shape, words in (((3,), None), ((2, 3, 4), None), ((2, 3), "layers ..."), ((3,), "in")):
         assert matrices(shape, words) is None
 
@@ -225,7 +230,7 @@ def test_tensors_and_the_rest():
         }
         close(updates, wanted)
     assert set(state.tensors) == {"['w']", "['layers']"}
-    assert state.tensors["['layers']"][0].total.shape == (2, 5, 3)
+    assert state.tensors["['layers']"][0].total.shape == (2, 3, 5)
     assert int(state.count) == 3 and int(state.skipped) == 0
 
 

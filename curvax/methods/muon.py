@@ -9,7 +9,7 @@ from curvax.orthogonal import QUINTIC, Coefficients
 from curvax.rules.base import AbstractTensorRule
 from curvax.rules.chained import Chained
 from curvax.rules.momentum import Momentum
-from curvax.rules.orthogonal import NewtonSchulz
+from curvax.rules.orthogonal import NewtonSchulz, spectral_scale
 from curvax.tensors import Axes, Layouts
 from curvax.tensorwise import tensorwise
 
@@ -65,6 +65,7 @@ def muon(
     """
     rest = optax.scale_by_adam(eps=eps, nesterov=nesterov) if rest is None else rest
     first = () if preconditioner is None else (preconditioner,)
-    then = NewtonSchulz(coefficients, eps, rms, dtype)
+    then = NewtonSchulz(coefficients, eps, dtype)
     rule = Chained(*first, Momentum(momentum, nesterov), then)
-    return tensorwise(rule, Layouts.of(axes, matrices=True), rest=rest)
+    layouts = Layouts.of(axes, matrices=True)
+    return tensorwise(rule, layouts, rest=rest, scale=spectral_scale(rms))

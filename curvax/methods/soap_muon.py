@@ -8,7 +8,7 @@ from jaxtyping import ScalarLike
 from curvax.orthogonal import QUINTIC, Coefficients
 from curvax.rules.chained import Chained
 from curvax.rules.eigenbasis_adam import EigenbasisAdam
-from curvax.rules.orthogonal import NewtonSchulz
+from curvax.rules.orthogonal import NewtonSchulz, spectral_scale
 from curvax.tensors import Axes, Layouts
 from curvax.tensorwise import tensorwise
 
@@ -48,5 +48,6 @@ def soap_muon(
     fit.
     """
     rest = optax.scale_by_adam(adam.b1, adam.b2, adam.eps) if rest is None else rest
-    rule = Chained(adam, NewtonSchulz(coefficients, rms=rms, dtype=dtype))
-    return tensorwise(rule, Layouts.of(axes, matrices=True), rest=rest)
+    rule = Chained(adam, NewtonSchulz(coefficients, dtype=dtype))
+    layouts = Layouts.of(axes, matrices=True)
+    return tensorwise(rule, layouts, rest=rest, scale=spectral_scale(rms))
