@@ -40,7 +40,7 @@ def muon(
     - `rms`: None multiplies the result by √max(1, outputs/inputs); a number makes it about the root
       mean square of each matrix's update, whatever its shape. With 0.2 the learning rates of Adam
       fit (Liu et al. 2025).
-    - `dtype`: of the iteration's products. None takes bfloat16 for float32 on devices other than a
+    - `dtype`: of the iteration. None takes bfloat16 for float32 on devices other than a
       CPU, as is customary.
     - `preconditioner`: a rule for gradients before the momentum, such as
       [`KroneckerRoots()`][curvax.KroneckerRoots]: Muon in the metric of Shampoo's factors.
