@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from curvax._linalg import applied, cholesky, eigh, largest_entry, shifted
+from curvax._linalg import applied, cholesky, eigh, largest_entry, matmul, shifted, transposed
 from curvax._stacks import finite_each, pick
 
-# Passes of Cholesky QR. Two do, from a basis that is nearly one of eigenvectors; the columns of a
-# start that is far from it may be nearly dependent.
+# Passes of Cholesky QR. One or two do, from a basis that is nearly one of eigenvectors.
 _PASSES = 6
+# Times that a Cholesky factorisation is tried.
+_ATTEMPTS = 4
 # Orthonormal is what is so to this many rounding errors for each row, of so many rows at least: on
 # a GPU products have 16 bits.
 _ROUNDING, _ROWS = 8, 128
@@ -68,7 +69,7 @@ def turned(
         return turns
 
     def by_iteration(matrices: list[Array], bases: list[Array]) -> list[Turn]:
-        products = [_product(a, q) for a, q in zip(matrices, bases, strict=True)]
+        products = [matmul(a, q) for a, q in zip(matrices, bases, strict=True)]
         if tolerance is None:
             return _iterated(bases, products, sort)
         stale = [_off_diagonal(q, y) > tolerance for q, y in zip(bases, products, strict=True)]
@@ -103,51 +104,84 @@ def _off_diagonal(basis: Array, product: Array) -> Array:
 
 def _iterated(bases: list[Array], products: list[Array], sort: bool) -> list[Turn]:
     """From the products Y = AQ."""
-    orders, tall = [], []
+    orders, starts, moments = [], [], []
     for q, y in zip(bases, products, strict=True):
-        values = jnp.sum(q * y, axis=1)
-        # A multiple of the identity, of the size of rounding errors, holds the null space in place.
-        info = jnp.finfo(y.dtype)
-        unit = jnp.maximum(info.eps * jnp.sum(jnp.maximum(values, 0), axis=1), info.tiny / info.eps)
-        y = y + unit[:, None, None] * q
+        moment = matmul(transposed(q), y)
+        moment = (moment + transposed(moment)) / 2
+        values = jnp.diagonal(moment, axis1=1, axis2=2)
         order = jnp.argsort(-values, axis=1) if sort else _in_place(q)
+        if sort:
+            q = jnp.take_along_axis(q, order[:, None], axis=2)
+            moment = jnp.take_along_axis(moment, order[:, None], axis=2)
+            moment = jnp.take_along_axis(moment, order[:, :, None], axis=1)
         orders.append(order)
-        y = y / largest_entry(y)
-        y = y / jnp.sqrt(jnp.sum(y * y, axis=1, keepdims=True))
-        tall.append(jnp.take_along_axis(y, order[:, None], axis=2) if sort else y)
+        starts.append(q)
+        moments.append(moment / largest_entry(moment))
+    # With B = QᵀAQ = LLᵀ is AQ = QL Lᵀ: it has the Q factor of QL, whose columns are nearly
+    # orthogonal, where all of AQ point to the largest eigenvector.
+    tall = []
+    for q, lower in zip(starts, _lower(moments), strict=True):
+        tall.append(
+            applied("snm,smk->snk", q, lower / jnp.linalg.norm(lower, axis=1, keepdims=True))
+        )
     turns = []
-    for (new, ok), order, q in zip(_orthonormal(tall), orders, bases, strict=True):
+    for b, order, q in zip(tall, orders, bases, strict=True):
+        new, ok = _orthonormal(b)
         turns.append(_kept_unless(ok, new, order, q))
     return turns
 
 
-def _orthonormal(stacks: list[Array]) -> list[tuple[Array, Array]]:
+def _lower(matrices: list[Array]) -> list[Array]:
+    """L with LLᵀ = B + uI of positive semidefinite matrices whose largest entry is 1: a multiple of
+    the identity, of the size of rounding errors, holds their null space in place. Tenfold where
+    these are larger.
+    """
+
+    def more(carry: Any) -> Array:
+        lowers, _, count = carry
+        fine = jnp.concatenate([finite_each(lower) for lower in lowers])
+        return ~jnp.all(fine) & (count < _ATTEMPTS)
+
+    def again(carry: Any) -> Any:
+        lowers, units, count = carry
+        lifted = [shifted(b, unit) for b, unit in zip(matrices, units, strict=True)]
+        new = [lower for lower, _ in cholesky(lifted)]
+        fine = [finite_each(lower) for lower in lowers]
+        lowers = [pick(ok, old, each) for ok, old, each in zip(fine, lowers, new, strict=True)]
+        return lowers, [10 * unit for unit in units], count + 1
+
+    eps = lambda b: jnp.finfo(b.dtype).eps
+    traces = [jnp.trace(b, axis1=1, axis2=2) for b in matrices]
+    units = [eps(b) * jnp.maximum(t, 1) for b, t in zip(matrices, traces, strict=True)]
+    begin = [jnp.full_like(b, jnp.nan) for b in matrices], units, jnp.zeros((), jnp.int32)
+    return jax.lax.while_loop(more, again, begin)[0]
+
+
+def _orthonormal(tall: Array) -> tuple[Array, Array]:
     """Q of B = QR for square B with columns of length 1, and whether it is orthonormal: by Cholesky
     QR, as often as it takes (Fukaya et al. 2020, for the lift of the Gram matrix).
     """
-    unit = lambda q: float(jnp.finfo(q.dtype).eps) * max(q.shape[-1], _ROWS)
+    size = tall.shape[-1]
+    unit = float(jnp.finfo(tall.dtype).eps) * max(size, _ROWS)
 
     def measured(q: Array) -> tuple[Array, Array, Array]:
         gram = applied("snk,snm->skm", q, q)
-        error = jnp.max(jnp.abs(shifted(gram, -jnp.ones_like(gram[:, 0, 0]))), axis=(1, 2))
-        return q, gram, error <= _ROUNDING * unit(q)  # no NaN is
+        # A sum has a NaN where an entry has one; a maximum need not have it (XLA on a CPU).
+        off = shifted(gram, -jnp.ones_like(gram[:, 0, 0]))
+        error = jnp.sqrt(jnp.sum(jnp.square(off), axis=(1, 2)))
+        return q, gram, error <= _ROUNDING * unit * size**0.5
 
     def more(carry: Any) -> Array:
-        done, count = carry
-        fine = jnp.concatenate([ok for _, _, ok in done])
-        return ~jnp.all(fine) & (count < _PASSES)
+        (_, _, ok), count = carry
+        return ~jnp.all(ok) & (count < _PASSES)
 
     def again(carry: Any) -> Any:
-        done, count = carry
-        lifted = [shifted(gram, jnp.full_like(gram[:, 0, 0], unit(q))) for q, gram, _ in done]
-        new = []
-        for (q, _, _), (_, half) in zip(done, cholesky(lifted), strict=True):
-            new.append(measured(applied("snk,smk->snm", q, half)))
-        return new, count + 1
+        (q, gram, _), count = carry
+        ((_, half),) = cholesky([shifted(gram, jnp.full_like(gram[:, 0, 0], unit))])
+        return measured(applied("snk,smk->snm", q, half)), count + 1
 
-    begin = [measured(b) for b in stacks], jnp.zeros((), jnp.int32)
-    done, _ = jax.lax.while_loop(more, again, begin)
-    return [(q, ok) for q, _, ok in done]
+    (q, _, ok), _ = jax.lax.while_loop(more, again, (measured(tall), jnp.zeros((), jnp.int32)))
+    return q, ok
 
 
 def _product(a: Array, b: Array) -> Array:

@@ -45,8 +45,8 @@ def newton_schulz(
     - `matrices`: of shape (..., rows, columns).
     - `coefficients`: (a, b, c) of each step.
     - `eps`: is added to the norm that a matrix is divided by first.
-    - `dtype`: in which it is computed. None takes bfloat16 where the matrices are float32 and the device is no
-      CPU, as is customary (Jordan et al. 2024), and else their own, float32 at least.
+    - `dtype`: in which it is computed. None takes bfloat16 where the matrices are float32 and the
+      device is no CPU, as is customary (Jordan et al. 2024), and else their own, float32 at least.
 
     **Returns** the matrices in their own dtype, float32 at least.
     """
