@@ -49,16 +49,11 @@ class FactorMemory(NamedTuple):
 def first_factor(form: Form, stack: int, dtype: Any, seed: int) -> FactorMemory:
     """A zero factor whose inverse is the identity, before the first refresh."""
     count = lambda: jnp.zeros((stack,), jnp.int32)
-    if form.kind == "none":
-        ones = DiagonalFactor(jnp.ones((stack, form.size), dtype))
-        return FactorMemory(ones, ones, count(), count())
-    if form.kind == "diagonal":
-        return FactorMemory(
-            DiagonalFactor(jnp.zeros((stack, form.size), dtype)),
-            DiagonalFactor(jnp.ones((stack, form.size), dtype)),
-            count(),
-            count(),
-        )
+    if form.kind in ("none", "diagonal"):
+        filled = lambda value: DiagonalFactor(jnp.full((stack, form.size), value, dtype))
+        # An array of its own for each: a buffer that stands twice in a state cannot be donated.
+        factor = filled(1 if form.kind == "none" else 0)
+        return FactorMemory(factor, filled(1), count(), count())
     width = form.size if form.kind == "full" else form.rank
     zero, eye = jnp.zeros((stack, width, width), dtype), identities(stack, width, dtype)
     if form.kind == "full":

@@ -243,6 +243,12 @@ def test_init_on_shapes(case):
     assert types(jax.eval_shape(case.method.init, shapes)) == types(case.state)
 
 
+def test_state_can_be_donated(case):
+    """No buffer stands in it twice."""
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(case.state) if x.size]
+    assert len(set(pointers)) == len(pointers)
+
+
 def test_fields_are_found_by_name(case):
     state = optax.chain(case.method, optax.trace(0.9)).init(small().params)
     names = ["skipped", "rejected", "gain_ratio", "gradient_norm", "damping"]
