@@ -72,7 +72,7 @@ def turned(
         products = [matmul(a, q) for a, q in zip(matrices, bases, strict=True)]
         if tolerance is None:
             return _iterated(bases, products, sort)
-        stale = [_off_diagonal(q, y) > tolerance for q, y in zip(bases, products, strict=True)]
+        stale = [off_diagonal(q, y) > tolerance for q, y in zip(bases, products, strict=True)]
         keep = lambda: [Turn(q, _in_place(q), jnp.ones(q.shape[:1], bool)) for q in bases]
         any_stale = jnp.any(jnp.concatenate(stale))
         new = jax.lax.cond(any_stale, lambda: _iterated(bases, products, sort), keep)
@@ -89,12 +89,8 @@ def rayleigh(matrices: Array, basis: Array) -> Float[Array, "stack n"]:
     return jnp.sum(basis * _product(matrices, basis), axis=1)
 
 
-def off_diagonal(matrices: Array, basis: Array) -> Float[Array, " stack"]:
-    """The share that the off-diagonal part of QᵀAQ has of its Frobenius norm."""
-    return _off_diagonal(basis, _product(matrices, basis))
-
-
-def _off_diagonal(basis: Array, product: Array) -> Array:
+def off_diagonal(basis: Array, product: Array) -> Float[Array, " stack"]:
+    """The share that the off-diagonal part of QᵀAQ has of its Frobenius norm, from Q and AQ."""
     # With Q orthogonal the norm of AQ − Q diag(QᵀAQ): no further product.
     values = jnp.sum(basis * product, axis=1, keepdims=True)
     scale = largest_entry(product)
