@@ -1,15 +1,15 @@
-"""What is said of numbers out of range. A traced one is taken as it is."""
+"""Checks of numbers against a range. What is no plain number, but traced, is taken as it is."""
 
-from jaxtyping import ScalarLike
+from typing import Any
 
 
-def check_share(name: str, value: ScalarLike, one: bool = False) -> None:
+def check_share(name: str, value: Any, one: bool = False) -> None:
     """**Raises** `ValueError` for a number outside of [0, 1), or of [0, 1] if `one` is allowed."""
     if isinstance(value, int | float) and not (0 <= value < 1 or (one and value == 1)):
         raise ValueError(f"{name}: got {value}, wanted a number in [0, 1{']' if one else ')'}.")
 
 
-def check_positive(name: str, value: ScalarLike, zero: bool = False) -> None:
+def check_positive(name: str, value: Any, zero: bool = False) -> None:
     """**Raises** `ValueError` for a number that is not positive, nor zero if that is allowed."""
     if isinstance(value, int | float) and not (value > 0 or (zero and value == 0)):
         raise ValueError(f"{name}: got {value}, wanted a number {'≥' if zero else '>'} 0.")
