@@ -47,7 +47,7 @@ TABLES = ("concrete", "energy", "kin8nm", "power-plant", "wine-quality-red", "ya
 TASKS = {
     "fashion-mnist-mlp": Kind("fashion-mnist", "mlp", 256, 400, "test acc. %"),
     "fashion-mnist-cnn": Kind("fashion-mnist", "cnn", 256, 400, "test acc. %"),
-    "tinyshakespeare": Kind("tinyshakespeare", "transformer", 32, 400, "test loss"),
+    "tinyshakespeare": Kind("tinyshakespeare", "transformer", 128, 600, "test loss"),
     **{f"uci-{name}": Kind(name, "mlp", 256, 400, "test RMSE") for name in TABLES},
 }
 

@@ -248,6 +248,33 @@ def test_a_turn_is_a_step_of_orthogonal_iteration(sort):
     np.testing.assert_allclose(np.asarray(new.basis[0]) * signs, wanted, atol=1e-10)
 
 
+def test_a_basis_that_is_not_a_number_is_not_taken():
+    """Of many rows: a maximum over as many drops what is not a number, on a CPU."""
+    matrices = jnp.stack([jnp.diag(jnp.arange(1.0, 81.0)), jnp.full((80, 80), jnp.nan)])
+    basis = jnp.broadcast_to(jnp.eye(80), (2, 80, 80))
+    for first in (True, False):
+        new = turn(matrices, basis, first)
+        assert new.ok.tolist() == [True, False]
+        np.testing.assert_array_equal(new.basis[1], np.eye(80))
+
+
+def test_columns_that_all_point_to_the_largest_eigenvector(monkeypatch):
+    """In float32, with a basis that is a little off: one pass or two make it orthonormal."""
+    rng = np.random.default_rng(0)
+    vectors = np.linalg.qr(rng.standard_normal((100, 100)))[0]
+    values = np.append(1.0, np.logspace(-3, -6, 99))
+    a = jnp.asarray((vectors * values) @ vectors.T, jnp.float32)[None]
+    off = np.linalg.qr(vectors + 0.02 * rng.standard_normal((100, 100)))[0]
+    basis = jnp.asarray(off, jnp.float32)[None]
+    towards = np.abs(vectors[:, 0] @ np.asarray(a[0] @ basis[0]))
+    assert np.median(towards / np.linalg.norm(a[0] @ basis[0], axis=0)) > 0.5
+    monkeypatch.setattr(eigenbasis, "_PASSES", 2)
+    new = eigenbasis.turned([a], [basis], False)[0]
+    assert new.ok.all()
+    before, after = (float(eigenbasis.off_diagonal(q, a @ q)[0]) for q in (basis, new.basis))
+    assert after < 0.1 * before
+
+
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_bases_of_singular_matrices(dtype):
     """Whatever the start, Q stays orthonormal, and directions of the null space stay there."""
