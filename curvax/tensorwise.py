@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int, ScalarLike
 from curvax import _tree
 from curvax.objective import Params
 from curvax.rules.base import AbstractTensorRule
+from curvax.rules.budget import TensorBudget
 from curvax.tensors import Layout, Layouts
 
 
@@ -41,6 +42,7 @@ def tensorwise(
     rest: optax.GradientTransformation | None = None,
     magnitude: optax.GradientTransformation | None = None,
     scale: Callable[[Layout], ScalarLike] | None = None,
+    budget: TensorBudget | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that applies a rule to the tensors of each leaf.
 
@@ -53,10 +55,11 @@ def tensorwise(
     - `magnitude`: grafting (Agarwal et al. 2020): each tensor, before it is cut into blocks, gets
       the norm that it has after this transformation of the gradient.
     - `scale`: what the directions of a leaf's tensors are multiplied by.
+    - `budget`: of the state; which factors a tensor has is decided in `init` then.
 
     Where the square norm of the gradient is not finite, an update gives zeros, leaves the state as
     it was, and is counted in `skipped`. `init` **raises** `ValueError` for names of axes that do
-    not fit.
+    not fit, and for a budget that no factor fits into.
     """
     others = optax.with_extra_args_support(optax.identity() if rest is None else rest)
     like = None if magnitude is None else optax.with_extra_args_support(magnitude)
@@ -64,12 +67,21 @@ def tensorwise(
     def init(params: Params) -> TensorwiseState:
         found, seen, unseen = _apart(layouts, params)
 
-        def first(layout: Layout, leaf: Any) -> tuple[Any, ...]:
-            dtype = _tree.accumulation_dtype(leaf.dtype)
-            return tuple(rule.init(jnp.zeros(shape, dtype)) for shape in layout.blocks)
-
-        pairs = zip(found, jax.tree.leaves(seen), strict=True)
-        tensors: Any = {layout.path: first(layout, leaf) for layout, leaf in pairs}
+        beside = () if like is None else like.init(seen), others.init(unseen)
+        stacks = [
+            [
+                jax.ShapeDtypeStruct(shape, _tree.accumulation_dtype(leaf.dtype))
+                for shape in each.blocks
+            ]
+            for each, leaf in zip(found, jax.tree.leaves(seen), strict=True)
+        ]
+        rules = [rule] * len(found)
+        if budget is not None and found:
+            rules = budget.rules(rule, stacks, params, beside)
+        tensors: Any = {
+            layout.path: tuple(own.init(jnp.zeros(each.shape, each.dtype)) for each in leaf)
+            for layout, own, leaf in zip(found, rules, stacks, strict=True)
+        }
         if not jax.tree.leaves(params):
             # What stands for all in `optax.tree_map_params`: no stack has a parameter's shape.
             tensors = jnp.zeros(())
@@ -77,8 +89,8 @@ def tensorwise(
             count=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
             tensors=tensors,
-            magnitude=() if like is None else like.init(seen),
-            rest=others.init(unseen),
+            magnitude=beside[0],
+            rest=beside[1],
         )
 
     def update(

@@ -3,6 +3,7 @@
 import optax
 from jaxtyping import ScalarLike
 
+from curvax.rules.budget import TensorBudget
 from curvax.rules.covariance import KroneckerCovariance
 from curvax.tensors import Axes, Layouts
 from curvax.tensorwise import tensorwise
@@ -20,6 +21,7 @@ def kl_shampoo(
     merge: int = 0,
     longest: int | None = 8192,
     one_sided: bool = False,
+    state_budget: str | None = None,
     axes: Axes | None = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -45,6 +47,8 @@ def kl_shampoo(
       `limit`)); None for no limit.
     - `refresh_every`, `block_size`, `merge`, `longest`, `one_sided`, `axes`, `rest`: as of
       [`soap`][curvax.methods.soap.soap]; `rest` of None is `optax.scale_by_adam(b1, b2, eps)`.
+    - `state_budget`: what the state may cost, such as `"2.0x adam"`: as many tensors as fit have
+      both factors, and those with the largest state for their size that of the shortest side only.
 
     **Returns** an Optax transformation that keeps the sign of the gradient: chain it with
     `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
@@ -54,7 +58,7 @@ def kl_shampoo(
     eigendecomposition in the second step.
 
     **Raises** `ValueError` for arguments out of range, and in `init` for names of axes that do not
-    fit.
+    fit, and for a budget that is too small.
     """
     layouts = Layouts.of(axes, block=block_size, merge=merge, longest=longest, order=2)
     rule = KroneckerCovariance(
@@ -68,4 +72,6 @@ def kl_shampoo(
         one_sided=one_sided,
     )
     rest = optax.scale_by_adam(b1, b2, eps) if rest is None else rest
-    return tensorwise(rule, layouts, rest=rest)
+    # Without a factor a gradient would keep its length, which is none of this method's.
+    budget = TensorBudget.parse(state_budget, bare=False)
+    return tensorwise(rule, layouts, rest=rest, budget=budget)

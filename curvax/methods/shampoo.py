@@ -4,6 +4,7 @@ import optax
 from jaxtyping import ScalarLike
 
 from curvax.roots import AbstractInverseRoot, CoupledNewtonRoot, EigenbasisRoot
+from curvax.rules.budget import TensorBudget
 from curvax.rules.kronecker import KroneckerRoots
 from curvax.taps.wishes import SideRank
 from curvax.tensors import Axes, Layouts
@@ -28,6 +29,7 @@ def shampoo(
     vectors: bool = False,
     early: bool = True,
     rank: SideRank = None,
+    state_budget: str | None = None,
     axes: Axes | None = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -47,7 +49,8 @@ def shampoo(
       [`EigenbasisRoot`][curvax.EigenbasisRoot], [`EighRoot`][curvax.EighRoot],
       [`CoupledNewtonRoot`][curvax.CoupledNewtonRoot] or
       [`NewtonSchulzRoot`][curvax.NewtonSchulzRoot]. With `EigenbasisRoot(tolerance=0.05)` bases
-      that still fit stay. None is `EigenbasisRoot()`, with a rank `CoupledNewtonRoot()`.
+      that still fit stay. None is `EigenbasisRoot()`, with a rank or a budget
+      `CoupledNewtonRoot()`.
     - `exponent`: e of L^−e; None is 1/(2k), where k counts the dimensions with a factor.
     - `graft`: each tensor gets the norm that it has after this transformation of the gradient
       (Agarwal et al. 2020): `optax.identity()` for SGD, `optax.scale_by_rss()` for Adagrad,
@@ -66,6 +69,10 @@ def shampoo(
       matrices. At low rank L is QMQᵀ + τ(I − QQᵀ), with the trace of the full one; the moving
       average of LQ sees every gradient, and a refresh makes a new basis of it by one pass of a
       Nyström approximation (Tropp et al. 2017). Sides of at most 32 are full whatever the rank.
+    - `state_budget`: instead of a rank, what the state may cost, a momentum behind and that of
+      `graft` included, such as `"1.5x adam"`: the largest share that fits is taken, for all tensors
+      together. Where the smallest does not, those with the largest state for their size have one
+      side only, or none. (The default `graft` and a momentum are 1.0x themselves.)
     - `axes`: the names of the axes of leaves, by a part of their path, as of
       [`Layouts`][curvax.tensors.Layouts]: `{"layers": "layers ..."}` for layers in one array.
     - `rest`: for the other leaves. None is `optax.scale_by_adam()`.
@@ -81,10 +88,13 @@ def shampoo(
     about 10k²(m + n) and those for the roots of two k × k matrices.
 
     **Raises** `ValueError` for arguments out of range; in `init` for names of axes that do not fit,
-    and for an exponent that `root` does not have.
+    for a budget that is too small, and for an exponent that `root` does not have.
     """
     order = 1 if vectors else 2
     layouts = Layouts.of(axes, block=block_size, merge=merge, longest=longest, order=order)
+    # Without a factor and a graft a gradient would keep its length, which is none of this method's.
+    budget = TensorBudget.parse(state_budget, behind=1, bare=graft is not None)
+    rank = rank if budget is None else 1.0
     if root is None:
         root = EigenbasisRoot() if rank is None else CoupledNewtonRoot()
     rule = KroneckerRoots(
@@ -100,4 +110,4 @@ def shampoo(
         rank,
     )
     rest = optax.scale_by_adam() if rest is None else rest
-    return tensorwise(rule, layouts, rest=rest, magnitude=graft)
+    return tensorwise(rule, layouts, rest=rest, magnitude=graft, budget=budget)

@@ -5,6 +5,7 @@ import functools
 import optax
 from jaxtyping import ScalarLike
 
+from curvax.rules.budget import TensorBudget
 from curvax.rules.eigenbasis_adam import EigenbasisAdam
 from curvax.rules.subspace_adam import SubspaceAdam
 from curvax.taps.wishes import SideRank
@@ -25,6 +26,7 @@ def soap(
     longest: int | None = 8192,
     one_sided: bool = False,
     rank: SideRank = None,
+    state_budget: str | None = None,
     axes: Axes | None = None,
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,6 +59,9 @@ def soap(
       None for full ones. At low rank Adam's second moments are those of the coordinates in the span
       and one for all outside: see [`SubspaceAdam`][curvax.SubspaceAdam]. Sides of at most 32 are
       full whatever the rank.
+    - `state_budget`: instead of a rank, what the state may cost, such as `"1.0x adam"`: the largest
+      share that fits is taken, for all tensors together. Where the smallest does not, those with
+      the largest state for their size have one side only, or are left to Adam.
     - `axes`: the names of the axes of leaves, by a part of their path, as of
       [`Layouts`][curvax.tensors.Layouts]: `{"layers": "layers ..."}` for layers in one array.
     - `rest`: for leaves of one axis, and others that are no tensors. None is Adam with the same
@@ -71,9 +76,11 @@ def soap(
     second step. At rank k a step costs 16mnk operations, and a refresh about 14k²(m + n).
 
     **Raises** `ValueError` for arguments out of range, and in `init` for names of axes that do not
-    fit.
+    fit, and for a budget that is too small.
     """
     layouts = Layouts.of(axes, block=block_size, merge=merge, longest=longest, order=2)
+    budget = TensorBudget.parse(state_budget)
+    rank = rank if budget is None else 1.0
     kind = EigenbasisAdam if rank is None else functools.partial(SubspaceAdam, rank=rank)
     rule = kind(
         b1=b1,
@@ -86,4 +93,4 @@ def soap(
         tolerance=tolerance,
     )
     rest = optax.scale_by_adam(b1, b2, eps) if rest is None else rest
-    return tensorwise(rule, layouts, rest=rest)
+    return tensorwise(rule, layouts, rest=rest, budget=budget)
