@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import curvax as cx
-from curvax.methods import soap
+from curvax.methods import soap, soap_muon
 from curvax.rules.subspaces import SubspaceSide, mean_squares, mixed_sides, scaled
 from tests.references import shampoo as reference
 from tests.test_shampoo import close, descent, expected, random_gradients, run, same
@@ -76,6 +76,18 @@ def test_with_one_direction_outside_it_is_soap(small_sides):
     # One direction less is another method.
     far, _ = run(soap(rank=3, **options), params, gradients)
     assert np.abs(far[-1]["w"] - wanted[-1]["w"]).max() > 0.05
+
+
+def test_soap_muon_takes_a_low_rank():
+    params = {"w": jnp.zeros((36, 40))}
+    gradients = random_gradients(params, 4)
+    rule = lambda rank: cx.SubspaceAdam(rank=rank, refresh_every=2)
+    wanted, _ = run(soap_muon(adam=cx.EigenbasisAdam(refresh_every=2)), params, gradients)
+    close(run(soap_muon(adam=rule(1.0)), params, gradients)[0], wanted)
+    got, states = run(soap_muon(adam=rule(4)), params, gradients)
+    assert states[-1].tensors["['w']"][0][0].square.shape == (1, 5, 5)
+    values = np.linalg.svd(got[-1]["w"], compute_uv=False) / (0.2 * 40**0.5)
+    assert values.min() > 0.5 and values.max() < 1.3
 
 
 def complete(basis):

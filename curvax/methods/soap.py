@@ -45,8 +45,8 @@ def soap(
     - `b1`, `b2`, `eps`: Adam's.
     - `decay`: of the averages of GGᵀ and GᵀG; None is `b2`.
     - `refresh_every`: steps from one turn of the bases to the next.
-    - `tolerance`: bases stay in which the off-diagonal part of QᵀLQ has less than this share of its
-      Frobenius norm (Eschenhagen et al. 2025); None turns all. The refresh is left out when all
+    - `tolerance`: full bases stay in which the off-diagonal part of QᵀLQ has less than this share of
+      its Frobenius norm (Eschenhagen et al. 2025); None turns all. The refresh is left out when all
       stay.
     - `block_size`: dimensions longer than this are cut, and each block has its own bases, which
       saves most of the cost for long ones; None is the paper's.
@@ -73,7 +73,7 @@ def soap(
     **State:** Adam's two copies of the parameters, and for each block m × n 2(m² + n²) numbers; at
     rank k one copy, and 2k(m + n) + (k + 1)². **Cost:** a step 6mn(m + n) operations, one third of
     it for the averages; a refresh about 12(m³ + n³) + 2mn(m + n), and an eigendecomposition in the
-    second step. At rank k a step costs 16mnk operations, and a refresh about 14k²(m + n).
+    second step. At rank k a step costs 16mnk operations, and a refresh about 20k²(m + n).
 
     **Raises** `ValueError` for arguments out of range, and in `init` for names of axes that do not
     fit, and for a budget that is too small.

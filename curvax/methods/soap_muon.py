@@ -9,13 +9,14 @@ from curvax.orthogonal import QUINTIC, Coefficients
 from curvax.rules.chained import Chained
 from curvax.rules.eigenbasis_adam import EigenbasisAdam
 from curvax.rules.orthogonal import NewtonSchulz, spectral_scale
+from curvax.rules.subspace_adam import SubspaceAdam
 from curvax.tensors import Axes, Layouts
 from curvax.tensorwise import tensorwise
 
 
 def soap_muon(
     *,
-    adam: EigenbasisAdam = EigenbasisAdam(),
+    adam: EigenbasisAdam | SubspaceAdam = EigenbasisAdam(),
     coefficients: Coefficients = (QUINTIC,) * 5,
     rms: ScalarLike | None = 0.2,
     dtype: Any = None,
@@ -31,7 +32,8 @@ def soap_muon(
 
     **Arguments:**
 
-    - `adam`: SOAP's part: decays, cadence, one-sided bases.
+    - `adam`: SOAP's part: decays, cadence, one-sided bases; at low rank
+      [`SubspaceAdam(rank=0.15)`][curvax.SubspaceAdam].
     - `coefficients`, `rms`, `dtype`, `axes`: as of [`muon`][curvax.methods.muon.muon]. Matrices are
       not cut into blocks. With an `rms` of 0.2 the learning rates of Adam fit.
     - `rest`: for the other leaves. None is Adam with the same numbers.
@@ -41,8 +43,8 @@ def soap_muon(
     [`soap`][curvax.methods.soap.soap], the first step gives matrices a direction of zero.
 
     **State:** as of [`soap`][curvax.methods.soap.soap]: 2mn + 2(m² + n²) numbers for each m × n
-    matrix, and two copies of the rest. **Cost:** those of [`soap`][curvax.methods.soap.soap] and
-    [`muon`][curvax.methods.muon.muon].
+    matrix, at low rank fewer, and two copies of the rest. **Cost:** those of
+    [`soap`][curvax.methods.soap.soap] and [`muon`][curvax.methods.muon.muon].
 
     **Raises** `ValueError` for arguments out of range, and in `init` for names of axes that do not
     fit.
