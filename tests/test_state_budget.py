@@ -174,3 +174,20 @@ def test_what_is_masked_or_of_low_precision():
     nothing = {"a": optax.MaskedNode()}
     assert inner.update(nothing, inner.init(nothing), nothing)[0] == nothing
     assert jax.eval_shape(inner.init, {"bias": params["bias"]}).tensors == {}
+
+
+def test_numbers_can_be_traced_and_states_be_mapped():
+    params = {"w": jnp.zeros((48, 40)), "small": jnp.zeros((6, 6)), "b": jnp.zeros(6)}
+    gradients = random_gradients(params, 3)
+    options = {"refresh_every": 2, "state_budget": "0.56x adam"}
+    static = {"refresh_every", "block_size", "merge", "longest"}
+    inner = soap(b1=0.5, **options)
+    wanted, states = run(inner, params, gradients)
+    with jax.numpy_dtype_promotion("standard"):
+        injected = optax.inject_hyperparams(soap, static_args=static)(b1=0.5, **options)
+        got, _ = run(injected, params, gradients)
+    close(got, wanted, rtol=1e-6, atol=1e-6)
+    mapped = optax.tree_map_params(inner, lambda leaf: leaf + 1, states[0])
+    same(mapped.rest.mu["b"], jnp.ones(6))
+    same(mapped.tensors, states[0].tensors)
+    same(jax.jit(inner.init)(params), states[0])

@@ -45,9 +45,9 @@ def soap(
     - `b1`, `b2`, `eps`: Adam's.
     - `decay`: of the averages of GGᵀ and GᵀG; None is `b2`.
     - `refresh_every`: steps from one turn of the bases to the next.
-    - `tolerance`: full bases stay in which the off-diagonal part of QᵀLQ has less than this share of
-      its Frobenius norm (Eschenhagen et al. 2025); None turns all. The refresh is left out when all
-      stay.
+    - `tolerance`: full bases stay in which the off-diagonal part of QᵀLQ has less than this share
+      of its Frobenius norm (Eschenhagen et al. 2025); None turns all. The refresh is left out when
+      all stay.
     - `block_size`: dimensions longer than this are cut, and each block has its own bases, which
       saves most of the cost for long ones; None is the paper's.
     - `merge`: neighbouring dimensions are merged as long as the product is at most this and two are
