@@ -66,14 +66,11 @@ def tensorwise(
 
     def init(params: Params) -> TensorwiseState:
         found, seen, unseen = _apart(layouts, params)
-
         beside = () if like is None else like.init(seen), others.init(unseen)
+        dtypes = [_tree.accumulation_dtype(leaf.dtype) for leaf in jax.tree.leaves(seen)]
         stacks = [
-            [
-                jax.ShapeDtypeStruct(shape, _tree.accumulation_dtype(leaf.dtype))
-                for shape in each.blocks
-            ]
-            for each, leaf in zip(found, jax.tree.leaves(seen), strict=True)
+            [jax.ShapeDtypeStruct(shape, dtype) for shape in layout.blocks]
+            for layout, dtype in zip(found, dtypes, strict=True)
         ]
         rules = [rule] * len(found)
         if budget is not None and found:

@@ -82,8 +82,8 @@ def test_more_budget_is_never_less_of_a_state(method):
     """Small tensors among the leaves, whose factors are full whatever the rank."""
     params = structs(SHAPES | {"c": (24, 24), "d": (16, 30), "e": (32, 48), "f": (8, 8)})
     found = []
-    first = {"grafted": 1.0, "kl_shampoo": 1.15}.get(method, 0.5)
-    for budget in first + np.r_[np.arange(0, 0.1, 0.005), np.arange(0.1, 0.6, 0.05), 1, 2, 3, 4]:
+    first = {"grafted": 1.0, "kl_shampoo": 1.29}.get(method, 0.5)
+    for budget in first + np.r_[np.arange(0, 0.1, 0.008), np.arange(0.1, 0.6, 0.1), 1, 2, 3, 4]:
         try:
             state = state_of(method, params, state_budget=f"{budget:.3f}x adam")
         except ValueError:

@@ -36,8 +36,8 @@ from curvax.taps.wishes import SideRank, as_rank
 
 
 class SubspaceState(NamedTuple):
-    """Adam's mean in the tensors' own coordinates; along each dimension his squares in those of its
-    side, with one more for all that is outside of a subspace; neither corrected for its start.
+    """Adam's moments, not corrected for their start: the mean in the tensors' own coordinates, the
+    squares in those of the sides, with one more along a dimension for all that is outside.
     """
 
     mean: Float[Array, "stack ..."]
@@ -53,8 +53,8 @@ class SubspaceAdam(AbstractEigenbasisRule):
     QQᵀ), (I − PPᵀ)GQQᵀ and (I − PPᵀ)G(I − QQᵀ). Each coordinate of PᵀGQ has Adam's second moment;
     for each row of PᵀG(I − QQᵀ) there is one, the mean over the n − l dimensions outside; one for
     each column of the third part, and one for the fourth: (k + 1)(l + 1) in all. Each part of the
-    mean is divided by the root of its own. (One number for all that is outside of a subspace is an
-    idea of arXiv:2605.06316 too.) With all sides full it is `EigenbasisAdam`.
+    mean is divided by the root of its own. With all sides full it is `EigenbasisAdam`. That what is
+    outside of a subspace shares one number is as in arXiv:2605.06316; the rest is not that method.
 
     Nothing n × n is formed. The moving average of FQ sees every gradient, F = GGᵀ; a refresh makes
     a new basis of it by one pass of a Nyström approximation (Tropp et al. 2017), which is a step of
