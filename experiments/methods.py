@@ -192,7 +192,7 @@ def write(
         "recipes": {t.method: RECIPES[t.method].settings for t in comparison.trials},
         "costs": {t.method: dataclasses.asdict(t.cost) for t in comparison.trials if t.cost},
     }
-    write_json(path("json"), document, [comparison], runs=False)
+    write_json(path("json"), document, [comparison], curves=False)
     written = ["md", "json"]
     if comparison.trials:
         title = f"{args.task}, batches of {settings.batch_size}, {about['device']}"

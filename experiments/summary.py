@@ -210,12 +210,18 @@ def _in_brackets(ratio: float) -> str:
     return f" ({ratio:.2f}×)" if math.isfinite(ratio) else ""
 
 
+def _end(run: Run) -> dict[str, Any]:
+    kept = {name: getattr(run, name) for name in ("learning_rate", "seed", "score", "skipped")}
+    return kept | {"steps": len(run.losses), "final": run.final}
+
+
 def write_json(
-    path: Path, settings: dict[str, Any], comparisons: Sequence[Comparison], runs: bool = True
+    path: Path, settings: dict[str, Any], comparisons: Sequence[Comparison], curves: bool = True
 ) -> None:
-    """Settings, rows and every run, or only those that were chosen. What is infinite or not a
-    number is null.
+    """Settings, rows and every run, with all its losses or what it came to. What is infinite or not
+    a number is null.
     """
+    told = dataclasses.asdict if curves else _end
     document = {
         **settings,
         "comparisons": [
@@ -226,9 +232,9 @@ def write_json(
                 "left_out": comparison.left_out,
                 "rows": [dataclasses.asdict(row) for row in comparison.rows()],
                 "runs": [
-                    {"method": trial.method, **dataclasses.asdict(run)}
+                    {"method": trial.method, **told(run)}
                     for trial in comparison.trials
-                    for run in (trial.runs if runs else trial.chosen + trial.short)
+                    for run in trial.runs + trial.short
                 ],
             }
             for comparison in comparisons
