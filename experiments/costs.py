@@ -35,6 +35,11 @@ class Cost:
     milliseconds: float
     adam_milliseconds: float
 
+    @property
+    def in_adam_steps(self) -> float:
+        """The time of a step."""
+        return self.milliseconds / self.adam_milliseconds
+
     def of(self, run: Run) -> np.ndarray:
         """In gradients, of each step of a run."""
         steps = np.arange(len(run.losses))

@@ -2,10 +2,10 @@
 
     python -m experiments.methods --task fashion-mnist-mlp --seeds 0 1 2
 
-writes a table (Markdown and JSON) and a plot of the training loss against steps, seconds and
-gradients: what a step costs in operations, as a multiple of one gradient. Each run is written down
-as it ends, in a file of lines beside them: a process that is killed or stopped goes on where it
-was when it is started again, and what was run with the same settings is not run again.
+writes a table (Markdown and JSON) and a plot of the training loss against steps, time (in steps of
+Adam) and gradients: what a step costs in operations, as a multiple of one gradient. Each run is
+written down as it ends, in a file of lines beside them: a process that is killed or stopped goes on
+where it was when it is started again, and what was run with the same settings is not run again.
 """
 
 import argparse
@@ -100,10 +100,9 @@ def _row(row: Summary, score: str) -> Row:
         score: _number(100 * row.score if percent else row.score, ".1f" if percent else ".3f"),
         f"in {SHORT:g} of the steps": _number(row.short, ".4g") + ", yes" * row.sooner,
         "steps × Adam": _number(row.to_adam_ratio, ".2f"),
-        "seconds × Adam": _number(row.to_adam_time, ".2f"),
+        "time × Adam": _number(row.to_adam_time, ".2f"),
         "gradients a step": _number(row.gradients, ".2f"),
-        "ms a step": _number(row.milliseconds, ".1f"),
-        "ms × Adam": _number(row.time_ratio, ".2f"),
+        "time a step × Adam": _number(row.time_ratio, ".2f"),
         "state × Adam": _number(row.state_ratio, ".2f"),
         "notes": ", ".join(note for note, there in notes.items() if there),
     }
@@ -125,11 +124,11 @@ def notes(settings: Settings) -> str:
         f"{SMOOTHING:g}); {seeds}, the learning rate chosen with the first; {settings.steps} steps "
         f"of {settings.batch_size} examples, over which the learning rate falls to zero by a "
         f"cosine. In {SHORT:g} of the steps: the final loss of shorter runs, over which it falls "
-        "alike, and whether half of them end no higher than Adam in all steps. Steps and seconds × "
+        "alike, and whether half of them end no higher than Adam in all steps. Steps and time × "
         "Adam: of the long runs, until the loss with which Adam ended, as a multiple of what Adam "
-        "took to get there; seconds are steps times ms. Gradients a step: operations, as a "
-        "multiple of those of one gradient, on average. Ms: of steps beside Adam's, interleaved. "
-        "State: bytes of the optimizer's state."
+        "took to get there. Gradients a step: operations, as a multiple of those of one gradient, on "
+        "average. Time a step: of steps interleaved with Adam's. State: bytes of the optimizer's "
+        "state."
     )
 
 
@@ -196,7 +195,7 @@ def write(
     written = ["md", "json"]
     if comparison.trials:
         title = f"{args.task}, batches of {settings.batch_size}, {about['device']}"
-        by = ("step", "time", "gradients")
+        by = ("step", "adam steps", "gradients")
         learning_curves(path("png"), [comparison], title, by, goal="Adam's end")
         written.append("png")
     console.print("written: " + ", ".join(str(path(ending)) for ending in written), soft_wrap=True)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.table import Table
 
@@ -41,14 +40,6 @@ class Trial:
             key=lambda runs: statistics.fmean(run.final for run in runs),
         )
 
-    def seconds(self, runs: Sequence[Run]) -> np.ndarray:
-        """Since the start, after each step: of steps as they cost beside Adam's where that was
-        measured, or the mean over runs of what they took.
-        """
-        if self.cost is not None:
-            return 1e-3 * self.cost.milliseconds * np.arange(1, len(runs[0].losses) + 1)
-        return np.mean([np.cumsum(run.seconds) for run in runs], axis=0)
-
     @property
     def at_edge(self) -> bool:
         """Whether the chosen learning rate is the largest or smallest of several tried."""
@@ -63,8 +54,8 @@ class Row:
     `to_adam` is steps to the loss at which Adam ended on the same seed, and `to_adam_ratio` the
     same as a multiple of the steps that Adam itself took to get there first; `to_adam_time` is that
     multiple in seconds. Infinite is never. Where costs were measured, `milliseconds` are those of
-    steps beside Adam's, from which seconds follow, and `gradients` is what a step took on average,
-    in gradients. `short` is the
+    steps beside Adam's, `to_adam_time` is in steps as they cost there, and `gradients` is what a
+    step took on average, in gradients. `short` is the
     final loss of shorter runs, and `sooner` whether at least half of them, each beside Adam's run
     with the same seed, ended no higher than that did.
     """
@@ -125,7 +116,7 @@ class Comparison:
         if trial.cost is not None:
             # Beside each other: whatever else the machine did in the runs is no part of it.
             milliseconds, base_milliseconds = trial.cost.milliseconds, trial.cost.adam_milliseconds
-            times = [ratio * milliseconds / base_milliseconds for ratio in ratios]
+            times = [ratio * trial.cost.in_adam_steps for ratio in ratios]
             gradients = _median(float(trial.cost.of(run).mean()) for run in runs)
         return Row(
             method=trial.method,

@@ -84,7 +84,13 @@ def test_table_numbers_and_plot(tmp_path, capsys):
     assert "| ggn_direct |" in table and "dense curvature is for at most 4000" in table
     assert "made for full batches, and one here has 64 of 400 examples" in table
     head = table.splitlines()[0]
-    for column in ("learning rate", "final loss", "test acc. %", "steps × Adam", "ms × Adam"):
+    for column in (
+        "learning rate",
+        "final loss",
+        "test acc. %",
+        "steps × Adam",
+        "time a step × Adam",
+    ):
         assert column in head
     assert table.splitlines()[0] in capsys.readouterr().out
     assert (tmp_path / "fashion-mnist-mlp.png").read_bytes().startswith(b"\x89PNG")
