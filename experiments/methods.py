@@ -126,9 +126,9 @@ def notes(settings: Settings) -> str:
         f"cosine. In {SHORT:g} of the steps: the final loss of shorter runs, over which it falls "
         "alike, and whether half of them end no higher than Adam in all steps. Steps and time × "
         "Adam: of the long runs, until the loss with which Adam ended, as a multiple of what Adam "
-        "took to get there. Gradients a step: operations, as a multiple of those of one gradient, on "
-        "average. Time a step: of steps interleaved with Adam's. State: bytes of the optimizer's "
-        "state."
+        "took to get there. Gradients a step: operations, as a multiple of those of one gradient, "
+        "on average. Time a step: of steps interleaved with Adam's. State: bytes of the "
+        "optimizer's state."
     )
 
 
