@@ -120,7 +120,9 @@ def all_finite(a: PyTree[Array]) -> Bool[Array, ""]:
     """Whether every entry of every inexact leaf is finite."""
     leaves = [x for x in jax.tree.leaves(a) if eqx.is_inexact_array(x)]
     groups = [stacked([leaves[i] for i in members]) for members in alike(leaves)]
-    checks = [jnp.all(jnp.isfinite(group)) for group in groups]
+    # A sum of numbers times zero is zero, or not a number: on a CPU it takes a fifth of the time of
+    # asking each number and reducing the answers.
+    checks = [jnp.sum(group * 0) == 0 for group in groups]
     return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
 
 
