@@ -44,12 +44,17 @@ class Study:
 
     The cost of each is measured. A method that fails is left out, as is one a run of which would
     take more than so many `minutes`. A grid whose best rate is an end of it grows there, by its own
-    ratio: to at most as many rates as Adam's grid begins with, and that to two more. Further seeds
-    run at the best rate alone, and all seeds once more over the share `short` of the steps.
+    ratio, and else between the best and the better of its neighbours: to at most as many rates as
+    Adam's grid begins with, and that to two more. Further seeds run at the best rate alone, and all
+    seeds once more over the share `short` of the steps.
     """
 
     minutes: float
     short: float
+
+
+# Rates nearer to each other than by this factor are not worth a run.
+_CLOSE = 1.3
 
 
 class Search:
@@ -133,7 +138,7 @@ class Search:
             if minutes > limit:
                 raise _TooLong(f"{minutes:.0f} minutes a run, and the limit is {limit:g}")
         runs = [run(rate, seeds[0]) for rate in grid]
-        while (rate := self._beyond(name, runs)) is not None:
+        while (rate := self._next(name, runs)) is not None:
             self._more(1)
             runs.append(run(rate, seeds[0]))
         best = min(runs, key=lambda run: run.final).learning_rate
@@ -142,16 +147,25 @@ class Search:
         short = [run(best, seed, steps) for seed in seeds]
         return Trial(name, tuple(runs), known["compile_seconds"], cost, tuple(short))
 
-    def _beyond(self, name: str, runs: Sequence[Run]) -> float | None:
-        """The learning rate that is next to an end of the grid if the best is there."""
-        rates = sorted(run.learning_rate for run in runs)
+    def _next(self, name: str, runs: Sequence[Run]) -> float | None:
+        """One more learning rate, near to the best."""
+        runs = sorted(runs, key=lambda run: run.learning_rate)
         most = len(self.grids["adam"]) if "adam" in self.grids else len(_rates("adam", False))
         most += 2 * (name == "adam")
-        if len(rates) < 2 or len(rates) >= most:
+        if len(runs) < 2 or len(runs) >= most:
             return None
-        best = min(runs, key=lambda run: run.final).learning_rate
-        beyond = {rates[0]: rates[0] ** 2 / rates[1], rates[-1]: rates[-1] ** 2 / rates[-2]}
-        return float(f"{beyond[best]:.2g}") if best in beyond else None
+        rates, finals = [run.learning_rate for run in runs], [run.final for run in runs]
+        best = finals.index(min(finals))
+        if best == 0:
+            rate = rates[0] ** 2 / rates[1]
+        elif best == len(runs) - 1:
+            rate = rates[-1] ** 2 / rates[-2]
+        else:
+            beside = min(best - 1, best + 1, key=finals.__getitem__)
+            rate = math.sqrt(rates[best] * rates[beside])
+            if max(rate, rates[best]) < _CLOSE * min(rate, rates[best]):
+                return None
+        return float(f"{rate:.2g}")
 
     def _more(self, runs: int) -> None:
         self._runs += runs
@@ -191,7 +205,7 @@ class Search:
         return _run_of(entry)
 
     def _build(self, name: str) -> Trainer:
-        setting = Setting(self.task.objective, self.settings.cg_steps)
+        setting = Setting(self.task.objective, self.settings.cg_steps, self.task.axes)
         return RECIPES[name].build(setting)
 
     def _costs(self, trainer: Trainer, compiled: float) -> dict[str, Any]:
@@ -217,6 +231,7 @@ class Search:
             "method": name,
             "settings": RECIPES[name].settings,
             "device": jax.devices()[0].device_kind,
+            **({"axes": self.task.axes} if self.task.axes else {}),
             **more,
         }
 

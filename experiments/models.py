@@ -9,6 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 MODELS = ("mlp", "cnn", "autoencoder", "transformer")
+# What methods of gradients alone are told of the axes of leaves: kernels of convolutions are
+# matrices, and what is looked up and what gives the outputs is left to Adam, as is customary.
+AXES = {
+    "cnn": {f".convolutions[{i}].weight": "out in in in" for i in range(2)},
+    "transformer": {".tokens": None, ".positions": None, ".head": None},
+}
 
 IMAGE_WIDTHS = (128, 64)
 TABLE_WIDTHS = (50, 50)

@@ -4,7 +4,8 @@ Every method of `curvax.methods.list()` has a recipe here, and no other place ha
 """
 
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
@@ -166,10 +167,11 @@ def _set(state: Any, learning_rate: float, steps: int) -> Any:
 
 
 class Setting(NamedTuple):
-    """What a trainer is built for: an objective, and CG steps in each step."""
+    """What a trainer is built for: an objective, CG steps in each step, and the axes of leaves."""
 
     objective: cx.Objective
     cg_steps: int = 5
+    axes: Mapping[str, str | None] | None = None
 
 
 class Size(NamedTuple):
@@ -234,7 +236,8 @@ def _of_gradients(
 ) -> Callable[[Setting], Trainer]:
     def build(setting: Setting) -> Trainer:
         trace = optax.identity() if momentum is None else optax.trace(momentum)
-        direction = optax.chain(make(**options), trace)
+        named = {"axes": setting.axes} if "axes" in inspect.signature(make).parameters else {}
+        direction = optax.chain(make(**options, **named), trace)
         return FirstOrder(setting.objective, direction, cycle)
 
     return build

@@ -92,6 +92,11 @@ class Task:
         example = tuple(array[:1] for array in self.train)
         return cx.Objective(lambda model, x: model(x), _LOSSES[self.kind], example=example)
 
+    @property
+    def axes(self) -> dict[str, str | None] | None:
+        """For methods that see nothing but gradients."""
+        return models.AXES.get(self.model)
+
     def init(self, key: PRNGKeyArray) -> eqx.Module:
         return models.build(self.model, self.train[0].shape[1:], self.outputs, key=key)
 

@@ -6,15 +6,16 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import curvax as cx
-from experiments import costs, grid, methods
+from experiments import costs, grid, methods, models
 from experiments.costs import Cost, count
 from experiments.recipes import RECIPES, Recipe, Setting, Size
 from experiments.store import Store
 from experiments.training import Run, Task
-from tests.toys import columns, images
+from tests.toys import columns, images, letters
 
 METHODS = ("adam", "muon", "ggn_cg", "kfac")
 SIZE = Size(parameters=10**6, batch=256, examples=60000, outputs=10, events=1)
@@ -174,12 +175,13 @@ def test_more_seeds_run_at_the_best_rate_alone(tmp_path, monkeypatch):
         ("muon", 4, [1, 2, 4, 8]),
         ("muon", 0.5, [1, 2, 0.5, 0.25]),
         ("muon", 1000, [1, 2, 4, 8]),
+        ("muon", 2.1, [1, 2, 4, 2.8]),
         ("adam", 1000, [1, 2, 4, 8, 16, 32]),
-        ("adam", 2, [1, 2, 4, 8]),
+        ("adam", 2.1, [1, 2, 4, 8, 2.8]),
     ],
 )
-def test_a_grid_grows_where_its_end_is_best(name, best, wanted, monkeypatch):
-    """To as many rates as Adam's begins with, and Adam's to two more."""
+def test_a_grid_grows_around_its_best(name, best, wanted, monkeypatch):
+    """To as many rates as Adam's begins with, and Adam's to two more, not too near."""
     begin = {"adam": (1.0, 2.0, 4.0, 8.0), "muon": (1.0, 2.0)}
 
     def run(self, name, trainer, rate, seed, steps=None):
@@ -239,6 +241,19 @@ def test_what_a_method_is_not_for(name, size, reason):
     found = RECIPES[name].unfit(size)
     assert (found is None) == (reason is None)
     assert reason is None or reason in found
+
+
+@pytest.mark.parametrize("model", models.AXES)
+def test_names_of_axes_fit_the_models(model):
+    task = Task(letters() if model == "transformer" else images(), model)
+    trainer = RECIPES["muon"].build(Setting(task.objective, axes=task.axes))
+    state = jax.eval_shape(lambda: trainer.init(task.init(jax.random.key(0)), 0.1, 10))
+    tensors = optax.tree_utils.tree_get(state, "tensors")
+    matrices = [path for path in tensors if "head" not in path]
+    if model == "cnn":
+        assert len(matrices) == 2 and any("head" in path for path in tensors)
+    else:
+        assert len(matrices) == len(tensors) == 2 * 6  # of two blocks
 
 
 # -- costs -------------------------------------------------------------------------------------
