@@ -54,7 +54,7 @@ def kl_shampoo(
     `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
 
     **State:** one copy of the parameters, and for each block m × n 2(m² + n²) numbers. **Cost:** a
-    step about 7mn(m + n) operations; a refresh about 12(m³ + n³) + 2mn(m + n), and an
+    step about 7mn(m + n) operations; a refresh about 17(m³ + n³) + 2mn(m + n), and an
     eigendecomposition in the second step.
 
     **Raises** `ValueError` for arguments out of range, and in `init` for names of axes that do not

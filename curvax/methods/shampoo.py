@@ -83,7 +83,7 @@ def shampoo(
 
     **State:** for each block m × n 2(m² + n²) numbers, with the default root 3(m² + n²), and that
     of `graft`; at rank k 2k(m + n) + 4k². **Cost:** a step 2mn(m + n) operations for the moments,
-    as many for the direction; a refresh with the default root about 14(m³ + n³), and an
+    as many for the direction; a refresh with the default root about 19(m³ + n³), and an
     eigendecomposition in the first step. At rank k a step costs 16mnk operations, and a refresh
     about 10k²(m + n) and those for the roots of two k × k matrices.
 

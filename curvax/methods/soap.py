@@ -72,7 +72,7 @@ def soap(
 
     **State:** Adam's two copies of the parameters, and for each block m × n 2(m² + n²) numbers; at
     rank k one copy, and 2k(m + n) + (k + 1)². **Cost:** a step 6mn(m + n) operations, one third of
-    it for the averages; a refresh about 12(m³ + n³) + 2mn(m + n), and an eigendecomposition in the
+    it for the averages; a refresh about 17(m³ + n³) + 2mn(m + n), and an eigendecomposition in the
     second step. At rank k a step costs 16mnk operations, and a refresh about 20k²(m + n).
 
     **Raises** `ValueError` for arguments out of range, and in `init` for names of axes that do not
