@@ -56,8 +56,8 @@ def turned(
       norm, Q stays as it is (Eschenhagen et al. 2025). None never asks.
     - `sort`: puts the columns in the order of qᵀAq before the step.
 
-    **Cost:** for an n × n matrix about 15 n³ operations, as products and two Cholesky factorisations, where
-    one pass makes the new basis orthonormal; 7 n³ for each more.
+    **Cost:** for an n × n matrix about 15 n³ operations, as products and two Cholesky
+    factorisations, where one pass makes the basis orthonormal; 7 n³ for each more.
     """
     if not matrices:
         return []
