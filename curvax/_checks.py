@@ -26,3 +26,12 @@ def check_cadence(name: str, every: int | None, never: bool = False) -> None:
     if not (never and every is None) and (every is None or every < 1):
         wanted = "a number of steps ≥ 1" + (", or None for never" if never else "")
         raise ValueError(f"{name}: got {every}, wanted {wanted}.")
+
+
+def check_decays(*, sums: bool = False, **decays: Any) -> None:
+    """**Raises** `ValueError` for what is no weight of a past. With `sums` 1 is one."""
+    for name, decay in decays.items():
+        if not sums:
+            check_share(name, decay)
+        elif isinstance(decay, int | float) and not 0 <= decay <= 1:
+            raise ValueError(f"{name}: got {decay}, wanted a number in [0, 1], 1 for a sum.")

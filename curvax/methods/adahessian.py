@@ -3,13 +3,13 @@
 import optax
 from jaxtyping import ScalarLike
 
+from curvax._checks import check_positive, check_share
 from curvax.damping import AbstractDamping
 from curvax.directions import preconditioned
 from curvax.objective import Objective
 from curvax.plan import HessianCurvature, HutchinsonDiagonal
 from curvax.preconditioners import RootMeanSquareDiagonal
 from curvax.preconditioners.averaging import Averages, SpatialAverage
-from curvax.preconditioners.base import check_share
 from curvax.scalings import AbstractScaling, AsIs
 from curvax.transform import Method
 
@@ -58,8 +58,7 @@ def adahessian(
     `batch`, without a key, and for an `average` that does not fit its leaf.
     """
     check_share("momentum", momentum)
-    if isinstance(eps, int | float) and not eps > 0:
-        raise ValueError(f"eps: got {eps}, wanted a number > 0.")
+    check_positive("eps", eps)
     estimate, means = HutchinsonDiagonal(samples), SpatialAverage(average)
     return preconditioned(
         objective,

@@ -3,11 +3,11 @@
 import optax
 from jaxtyping import ScalarLike
 
+from curvax._checks import check_share
 from curvax.directions import preconditioned
 from curvax.objective import Objective
 from curvax.plan import BartlettDiagonal, HutchinsonDiagonal
 from curvax.preconditioners import ThresholdedDiagonal
-from curvax.preconditioners.base import check_share
 from curvax.scalings import Clipped
 from curvax.transform import Method
 

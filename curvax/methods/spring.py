@@ -5,6 +5,7 @@ from typing import Literal
 import lineax as lx
 from jaxtyping import ScalarLike
 
+from curvax._checks import check_share
 from curvax.damping import AbstractDamping
 from curvax.directions import second_order
 from curvax.objective import Objective
@@ -79,8 +80,7 @@ def spring(
     **Raises** `ValueError` for a momentum outside of [0, 1), and where
     [`minsr`][curvax.methods.spring.minsr] does.
     """
-    if isinstance(momentum, int | float) and not 0 <= momentum < 1:
-        raise ValueError(f"momentum: got {momentum}, wanted a number in [0, 1).")
+    check_share("momentum", momentum)
     return second_order(
         objective,
         curvature=FisherCurvature(fisher, samples),

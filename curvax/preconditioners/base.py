@@ -9,7 +9,6 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import Scalar
 
-from curvax._checks import check_share as check_share
 from curvax.objective import Params
 from curvax.plan.plan import Observation, Requirement
 

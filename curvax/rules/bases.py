@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from curvax._linalg import applied, joined, spans
+from curvax._linalg import applied
+from curvax._stacks import Groups, identities
 from curvax.eigenbasis import turned
-from curvax.roots import identities
 from curvax.rules.base import AbstractTensorRule
 from curvax.rules.sides import along, spread, with_factor
 
@@ -107,11 +106,8 @@ def turned_sides(
     """By [`turned`][curvax.eigenbasis.turned], those of equal size together. A basis that could not
     be turned stays, and is counted.
     """
-    groups: dict[Any, list[int]] = {}
-    for i, side in enumerate(sides):
-        groups.setdefault((side.factor.shape[-1], side.factor.dtype), []).append(i)
-    join = lambda *parts: joined(parts)
-    whole = [jax.tree.map(join, *(sides[i] for i in members)) for members in groups.values()]
+    groups = Groups([(side.factor.shape[-1], side.factor.dtype) for side in sides], sides)
+    whole = groups.together(sides)
     turns = turned(
         [side.factor for side in whole],
         [side.basis for side in whole],
@@ -119,15 +115,14 @@ def turned_sides(
         tolerance=tolerance,
         sort=sort,
     )
-    found: dict[int, Turned] = {}
-    for members, side, turn in zip(groups.values(), whole, turns, strict=True):
+    results = []
+    for side, turn in zip(whole, turns, strict=True):
         rotation = applied("snk,snm->skm", turn.basis, side.basis)
         age = jnp.where(turn.ok, 0, side.age + 1)
         failures = side.failures + (~turn.ok).astype(jnp.int32)
-        new = Turned(EigenSide(side.factor, turn.basis, age, failures), rotation, turn.order)
-        for i, span in zip(members, spans([sides[i].factor for i in members]), strict=True):
-            found[i] = jax.tree.map(lambda leaf, span=span: leaf[span], new)
-    return [found[i] for i in range(len(sides))]
+        new = EigenSide(side.factor, turn.basis, age, failures)
+        results.append(Turned(new, rotation, turn.order))
+    return groups.apart(results)
 
 
 def projected(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from curvax._checks import check_cadence, check_decays
 from curvax.rules.bases import (
     AbstractEigenbasisRule,
     EigenSide,
@@ -19,7 +20,6 @@ from curvax.rules.bases import (
     sides_of,
     turned_sides,
 )
-from curvax.rules.checks import check_cadences, check_decay
 from curvax.rules.sides import second_moment, spread
 
 
@@ -69,8 +69,8 @@ class KroneckerCovariance(AbstractEigenbasisRule):
     one_sided: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
-        check_decay(b1=self.b1, b2=self.b2)
-        check_cadences(refresh_every=self.refresh_every)
+        check_decays(b1=self.b1, b2=self.b2)
+        check_cadence("refresh_every", self.refresh_every)
         if isinstance(self.initial, int | float) and not self.initial > 0:
             raise ValueError(f"initial: got {self.initial}, wanted a positive number.")
 

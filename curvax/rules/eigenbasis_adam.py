@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from curvax._checks import check_cadence, check_decays
 from curvax.rules.bases import (
     AbstractEigenbasisRule,
     EigenSide,
@@ -18,7 +19,6 @@ from curvax.rules.bases import (
     sides_of,
     turned_sides,
 )
-from curvax.rules.checks import check_cadences, check_decay
 from curvax.rules.sides import second_moment
 
 
@@ -63,8 +63,8 @@ class EigenbasisAdam(AbstractEigenbasisRule):
     tolerance: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        check_decay(b1=self.b1, b2=self.b2, decay=self.decay)
-        check_cadences(refresh_every=self.refresh_every)
+        check_decays(b1=self.b1, b2=self.b2, decay=self.decay)
+        check_cadence("refresh_every", self.refresh_every)
 
     def init(self, stack: Array) -> EigenAdamState:
         sides = first_sides(stack, self.longest, self.one_sided)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from curvax._checks import check_cadence, check_decays
 from curvax.roots import (
     AbstractInverseRoot,
     EigenbasisRoot,
@@ -17,7 +18,6 @@ from curvax.roots import (
     refreshed,
 )
 from curvax.rules.base import AbstractTensorRule
-from curvax.rules.checks import check_cadences, check_decay
 from curvax.rules.low_rank import LowRankSide, first_low_rank, refreshed_sides, rooted
 from curvax.rules.sides import along, second_moment, spread, with_factor
 from curvax.taps.blocks import Form
@@ -96,8 +96,9 @@ class KroneckerRoots(AbstractTensorRule):
     rank: SideRank = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        check_decay(sums=True, decay=self.decay)
-        check_cadences(refresh_every=self.refresh_every, statistics_every=self.statistics_every)
+        check_decays(sums=True, decay=self.decay)
+        check_cadence("refresh_every", self.refresh_every)
+        check_cadence("statistics_every", self.statistics_every)
         if self.exponent is not None and not self.exponent > 0:
             raise ValueError(f"exponent: got {self.exponent}, wanted a positive number.")
         as_rank(self.rank)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from curvax._linalg import einsum, matmul, shifted
+from curvax._stacks import pick
 from curvax.operators.factors import LowRankFactor
-from curvax.refresh import FactorMemory, first_factor, pick, refresh
+from curvax.refresh import FactorMemory, first_factor, refresh
 from curvax.roots import AbstractInverseRoot, RootState, first_root, largest_eigenvalue
 from curvax.rules.sides import along, names_of
 from curvax.taps.blocks import Form

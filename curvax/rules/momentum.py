@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int, ScalarLike
 
+from curvax._checks import check_share
 from curvax.rules.base import AbstractTensorRule
 
 
@@ -30,8 +31,7 @@ class Momentum(AbstractTensorRule):
     nesterov: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
-        if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
-            raise ValueError(f"momentum: got {self.decay}, wanted a number in [0, 1).")
+        check_share("momentum", self.decay)
 
     def init(self, stack: Array) -> MomentumState:
         return MomentumState(jnp.zeros_like(stack))

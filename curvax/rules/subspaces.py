@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvax._linalg import matmul, transposed
+from curvax._stacks import identities, pick
 from curvax.eigenbasis import turned
 from curvax.operators.factors import LowRankFactor
-from curvax.refresh import first_factor, pick
-from curvax.roots import identities
+from curvax.refresh import first_factor
 from curvax.rules.low_rank import renewed
 from curvax.rules.sides import along
 from curvax.taps.blocks import Form
