@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from curvax import _tree
 from curvax._convolution import loop_safe
 from curvax._linalg import eigh, matmul, transposed
+from curvax._sharding import explicit
 
 Basis = PyTree[Float[Array, "_ ..."]]
 
@@ -150,7 +151,7 @@ def _spec(leaf: Any) -> tuple[Any, ...]:
 
 def _spread(leaf: Any, *spec: Any) -> jax.sharding.NamedSharding | None:
     """A sharding on the mesh that is part of the type of a leaf; None if there is none."""
-    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.Array) else leaf.sharding
-    if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+    sharding = explicit(leaf)
+    if sharding is None:
         return None
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))

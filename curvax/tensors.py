@@ -125,6 +125,17 @@ class Layout:
         pairs = itertools.chain(*((1 + i, 1 + order + i) for i in range(order)))
         return jnp.transpose(cut, (0, *pairs)).reshape(self.count, *(s * n for _, s, n in region))
 
+    def spec(self, leaf: tuple[Any, ...]) -> tuple[Any, ...]:
+        """How the stack of a leaf that is not cut is sharded, from how the leaf is: a dimension of
+        several axes as the first of them, and not at all if another of them is sharded.
+        """
+
+        def merged(axes: tuple[int, ...]) -> Any:
+            first, *others = [leaf[axis] for axis in axes if self.shape[axis] > 1] or [None]
+            return None if any(others) else first
+
+        return tuple(merged(axes) for axes in (self.stack, *self.dims))
+
     def norms(self, leaf: Array) -> Array:
         """The norm of each tensor, with the leaf's number of axes."""
         axes = tuple(itertools.chain(*self.dims))

@@ -8,12 +8,14 @@ loop.
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, ScalarLike
 
 from curvax import _tree
+from curvax._sharding import compiler_sharded, explicit
 from curvax.objective import Params
 from curvax.rules.base import AbstractTensorRule
 from curvax.rules.budget import TensorBudget
@@ -76,8 +78,8 @@ def tensorwise(
         if budget is not None and found:
             rules = budget.rules(rule, stacks, params, beside)
         tensors: Any = {
-            layout.path: tuple(own.init(jnp.zeros(each.shape, each.dtype)) for each in leaf)
-            for layout, own, leaf in zip(found, rules, stacks, strict=True)
+            layout.path: tuple(map(own.init, _zeros(layout, leaf)))
+            for layout, own, leaf in zip(found, rules, jax.tree.leaves(seen), strict=True)
         }
         if not jax.tree.leaves(params):
             # What stands for all in `optax.tree_map_params`: no stack has a parameter's shape.
@@ -102,7 +104,13 @@ def tensorwise(
         # this keeps second moments finite, too. Known early: to look at the results would be one
         # more pass over all of them.
         finite = jnp.isfinite(_tree.dot(updates, updates))
-        steps, tensors = _directions(rule, found, jax.tree.leaves(seen), state, finite)
+        arrays, static = eqx.partition(rule, eqx.is_array)
+        leaves, taken = jax.tree.leaves(seen), state.count - state.skipped
+        steps, tensors = compiler_sharded(
+            lambda arrays, *args: _directions(eqx.combine(arrays, static), found, *args),
+            (leaves, state.tensors),
+            *(arrays, leaves, state.tensors, taken, finite),
+        )
         if scale is not None:
             scales = [
                 jnp.asarray(scale(layout), step.dtype)
@@ -144,21 +152,34 @@ def _apart(layouts: Layouts, tree: Params) -> tuple[list[Layout], Any, Any]:
     return [layout for layout in found if layout is not None], *trees
 
 
+def _zeros(layout: Layout, leaf: Any) -> list[Array]:
+    """The stacks of a leaf of zeros, sharded as it is where that is part of its type."""
+    dtype, sharding = _tree.accumulation_dtype(leaf.dtype), explicit(leaf)
+    zeros = [jnp.zeros(shape, dtype) for shape in layout.blocks]
+    uncut = layout.blocks == ((layout.count, *layout.sizes),)
+    # JAX puts no constant on a mesh that is not set.
+    if sharding is None or not uncut or jax.sharding.get_abstract_mesh().empty:
+        return zeros
+    spec = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
+    found = jax.sharding.PartitionSpec(*layout.spec(spec))
+    return [jax.sharding.reshard(zeros[0], jax.sharding.NamedSharding(sharding.mesh, found))]
+
+
 def _directions(
     rule: AbstractTensorRule,
     found: list[Layout],
     leaves: list[Array],
-    state: TensorwiseState,
+    tensors: Any,
+    taken: Int[Array, ""],
     finite: Bool[Array, ""],
 ) -> tuple[list[Array], Any]:
     """Of each leaf the direction, and the states of its stacks: as they were unless `finite`."""
     if not found:
-        return [], state.tensors
+        return [], tensors
     stacks: list[Array] = []
     for layout, leaf in zip(found, leaves, strict=True):
         stacks.extend(layout.split(leaf.astype(_tree.accumulation_dtype(leaf.dtype))))
-    states = [each for layout in found for each in state.tensors[layout.path]]
-    taken = state.count - state.skipped
+    states = [each for layout in found for each in tensors[layout.path]]
     states = _tree.where(finite, list(rule.observe(stacks, states, taken)), states)
     due = rule.due(taken)
     if due is not None and states:

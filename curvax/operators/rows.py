@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from curvax._jaxpr import evaluate, is_literal
 from curvax._linalg import einsum
+from curvax._sharding import explicit
 from curvax.objective import Objective, Params
 
 # These only move or negate the entries of a leaf, which leaves its inner products as they are.
@@ -141,8 +142,8 @@ def _depends_on(jaxpr: Any, sources: Any) -> Any:
 
 def whole(x: Array) -> Array:
     """A copy of all of x on each device, where it lives on an Explicit mesh."""
-    mesh = jax.typeof(x).sharding.mesh
-    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+    sharding = explicit(x)
+    if sharding is None:
         return x
     spec = jax.sharding.PartitionSpec(*[None] * x.ndim)
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
