@@ -19,11 +19,9 @@ def compiler_sharded(function: Callable[..., Any], like: Any, *args: Any) -> Any
     """`function(*args)`, with the results sharded as the arrays of `like`, and what is between as
     the compiler sees fit: with Explicit axes many a product would have to say what it makes.
     """
-    shardings = jax.tree.map(explicit, like)
-    found = jax.tree.leaves((shardings, jax.tree.map(explicit, args)))
+    found = [sharding for leaf in jax.tree.leaves(args) if (sharding := explicit(leaf))]
     if not found:
         return function(*args)
     whole = NamedSharding(found[0].mesh, PartitionSpec())
-    leaves, treedef = jax.tree.flatten(like)
-    wanted = jax.tree.unflatten(treedef, [explicit(leaf) or whole for leaf in leaves])
+    wanted = jax.tree.map(lambda leaf: explicit(leaf) or whole, like)
     return jax.sharding.auto_axes(function, out_sharding=wanted)(*args)
