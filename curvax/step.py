@@ -57,6 +57,7 @@ class Step:
         self.method = method
         # Plain `jit`, with what is no array in the model as a static argument: on a small model
         # the host's share of a step counts.
+        self._donates = donate
         self._compiled = jax.jit(
             self._run, static_argnums=(5, 6), donate_argnums=(0, 1) if donate else ()
         )
@@ -89,9 +90,10 @@ class Step:
         self._check(model, batch, key)
         count = self._host_count(state.count)
         arrays, static = _split(model)
-        arrays, state, info = self._compiled(
+        arrays, changed, info = self._compiled(
             arrays, state, batch, key, curvature_batch, static, self._phase(count)
         )
+        state = _updated(state, changed)
         self._last = (state.count, count + 1)
         return _merge(arrays, static), state, info
 
@@ -123,11 +125,19 @@ class Step:
         curvature_batch: Batch | None,
         static: _Static,
         phase: tuple[Due, ...],
-    ) -> tuple[list[Any], StepState, Metrics]:
-        model, state, info = self.pure(
+    ) -> tuple[list[Any], list[Array | None], Metrics]:
+        model, new, info = self.pure(
             _merge(arrays, static), state, batch, key, curvature_batch=curvature_batch, phase=phase
         )
-        return _split(model)[0], state, info
+        return _split(model)[0], self._changed(new, state), info
+
+    def _changed(self, new: StepState, old: StepState) -> list[Array | None]:
+        """The leaves of the new state; None for those that are the old ones: XLA would copy what
+        it hands on, such as curvature in a step that does not refresh it. Donated memory is handed
+        on as it is.
+        """
+        pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+        return [None if a is b and not self._donates else a for a, b in pairs]
 
     def pure(
         self,
@@ -262,6 +272,14 @@ def make_step(
             "curvax.methods.ggn_cg(...)); give the whole chain as `optimizer`."
         )
     return Step(optimizer, method, donate)
+
+
+def _updated(state: StepState, changed: list[Array | None]) -> StepState:
+    leaves, treedef = jax.tree.flatten(state)
+    # What came from a file may not be on a device yet.
+    held = lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    pairs = zip(leaves, changed, strict=True)
+    return jax.tree.unflatten(treedef, [held(a) if b is None else b for a, b in pairs])
 
 
 def _split(model: PyTree[Any]) -> tuple[list[Any], _Static]:

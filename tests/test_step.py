@@ -138,6 +138,27 @@ def test_equinox_model_and_donation(name):
     assert first.is_deleted()
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_a_step_leaves_alone_is_not_copied(donate):
+    """The average of the diagonal in steps without an estimate; not so if its memory is donated."""
+    p = problem()
+    method = cx.methods.sophia_g(p.objective, every=2)
+    step = cx.make_step(optimizer_around(method), method, donate=donate)
+    averages = lambda state: jax.tree.leaves(state.optimizer[0].preconditioner.average)
+    params = jax.tree.map(jnp.copy, p.params)
+    params, state, _ = step(params, step.init(params), p.batch, jax.random.key(0))
+    before, values = averages(state), [np.array(leaf) for leaf in averages(state)]
+    _, after, _ = step(params, state, p.batch, jax.random.key(1))
+    kept = [a is b for a, b in zip(averages(after), before, strict=True)]
+    assert kept == [not donate] * len(before)
+    same(averages(after), values)
+    if not donate:
+        host = state._replace(optimizer=jax.tree.map(np.asarray, state.optimizer))
+        _, again, _ = step(params, host, p.batch, jax.random.key(1))
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(again))
+        same(again, after)
+
+
 @pytest.mark.parametrize("name", ["ggn_cg", "newton_direct"])
 def test_warmup_from_zero_does_not_stall(name):
     """A step of length zero has no gain ratio: it must neither be rejected nor raise λ."""
