@@ -1,12 +1,15 @@
 """Stacks: arrays whose first axis counts the matrices, or whatever else is worked on at once."""
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+# Times that a factorisation is tried, each with ten times the ridge of the one before.
+ATTEMPTS = 4
 
 
 def identities(stack: int, size: int, dtype: Any) -> Float[Array, "stack n n"]:
@@ -29,6 +32,37 @@ def pick(ok: Bool[Array, " stack"], new: Any, old: Any) -> Any:
     )
 
 
+def escalated(
+    attempt: Callable[[list[Array]], list[Any]], ridges: list[Array]
+) -> list[tuple[Any, Bool[Array, " stack"]]]:
+    """`attempt(ridges)`, with a ridge ten times as large for each matrix that came to nothing."""
+
+    def again(carry: Any) -> Any:
+        ridges, results, oks, tries = carry
+        new = attempt(ridges)
+        fine = [finite_each(each) for each in new]
+        results = [
+            pick(now & ~ok, each, result)
+            for now, ok, each, result in zip(fine, oks, new, results, strict=True)
+        ]
+        ridges = [
+            jnp.where(now, ridge, 10 * ridge) for now, ridge in zip(fine, ridges, strict=True)
+        ]
+        return ridges, results, [ok | now for ok, now in zip(oks, fine, strict=True)], tries + 1
+
+    def more(carry: Any) -> Array:
+        _, _, oks, tries = carry
+        return ~jnp.all(jnp.concatenate(oks)) & (tries < ATTEMPTS)
+
+    empty = [
+        jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), each)
+        for each in jax.eval_shape(attempt, ridges)
+    ]
+    begin = (ridges, empty, [jnp.zeros(r.shape, bool) for r in ridges], jnp.zeros((), jnp.int32))
+    _, results, oks, _ = jax.lax.while_loop(more, again, begin)
+    return list(zip(results, oks, strict=True))
+
+
 def joined(stacks: Sequence[Array]) -> Array:
     """The stacks one behind the other."""
     return stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
@@ -42,6 +76,14 @@ def spans(stacks: Sequence[Array]) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
+def places(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
+    """Where each key stands."""
+    found: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return found
+
+
 class Groups:
     """Which of several trees of stacks are worked on as one: those with equal keys.
 
@@ -50,9 +92,7 @@ class Groups:
     """
 
     def __init__(self, keys: Iterable[Hashable], trees: Sequence[Any]):
-        self._members: dict[Any, list[int]] = {}
-        for i, key in enumerate(keys):
-            self._members.setdefault(key, []).append(i)
+        self._members = places(keys)
         firsts = [jax.tree.leaves(tree)[0] for tree in trees]
         self._spans = [spans([firsts[i] for i in own]) for own in self._members.values()]
 

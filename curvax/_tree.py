@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from curvax._stacks import places
+
 # Arrays of at most so many entries: launching a kernel for each costs more than to read them.
 _SMALL = 2**18
 
@@ -40,11 +42,11 @@ def alike(arrays: Sequence[Array], kinds: Sequence[Hashable] = ()) -> list[list[
     """Which of some arrays to put in one stack for one kernel: the small ones of equal type (and,
     where given, equal kind).
     """
-    groups: dict[Any, list[int]] = {}
-    for i, array in enumerate(arrays):
-        key = (jax.typeof(array), kinds[i] if kinds else None) if array.size <= _SMALL else i
-        groups.setdefault(key, []).append(i)
-    return list(groups.values())
+    keys = [
+        (jax.typeof(array), kinds[i] if kinds else None) if array.size <= _SMALL else i
+        for i, array in enumerate(arrays)
+    ]
+    return list(places(keys).values())
 
 
 def stacked(arrays: Sequence[Array]) -> Array:

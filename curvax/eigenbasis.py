@@ -10,12 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from curvax._linalg import applied, cholesky, eigh, largest_entry, matmul, shifted, transposed
-from curvax._stacks import finite_each, pick
+from curvax._stacks import escalated, finite_each, pick
 
 # Passes of Cholesky QR. One or two do, from a basis that is nearly one of eigenvectors.
 _PASSES = 6
-# Times that a Cholesky factorisation is tried.
-_ATTEMPTS = 4
 # Orthonormal is what is so to this many rounding errors for each row, of so many rows at least: on
 # a GPU products have 16 bits.
 _ROUNDING, _ROWS = 8, 128
@@ -87,7 +85,7 @@ def turned(
 
 def rayleigh(matrices: Array, basis: Array) -> Float[Array, "stack n"]:
     """qᵀAq of each column."""
-    return jnp.sum(basis * _product(matrices, basis), axis=1)
+    return jnp.sum(basis * applied("snm,smk->snk", matrices, basis), axis=1)
 
 
 def off_diagonal(basis: Array, product: Array) -> Float[Array, " stack"]:
@@ -134,24 +132,14 @@ def _lower(matrices: list[Array]) -> list[Array]:
     these are larger.
     """
 
-    def more(carry: Any) -> Array:
-        lowers, _, count = carry
-        fine = jnp.concatenate([finite_each(lower) for lower in lowers])
-        return ~jnp.all(fine) & (count < _ATTEMPTS)
-
-    def again(carry: Any) -> Any:
-        lowers, units, count = carry
+    def attempt(units: list[Array]) -> list[Array]:
         lifted = [shifted(b, unit) for b, unit in zip(matrices, units, strict=True)]
-        new = [lower for lower, _ in cholesky(lifted)]
-        fine = [finite_each(lower) for lower in lowers]
-        lowers = [pick(ok, old, each) for ok, old, each in zip(fine, lowers, new, strict=True)]
-        return lowers, [10 * unit for unit in units], count + 1
+        return [lower for lower, _ in cholesky(lifted)]
 
     eps = lambda b: jnp.finfo(b.dtype).eps
     traces = [jnp.trace(b, axis1=1, axis2=2) for b in matrices]
     units = [eps(b) * jnp.maximum(t, 1) for b, t in zip(matrices, traces, strict=True)]
-    begin = [jnp.full_like(b, jnp.nan) for b in matrices], units, jnp.zeros((), jnp.int32)
-    return jax.lax.while_loop(more, again, begin)[0]
+    return [lower for lower, _ in escalated(attempt, units)]
 
 
 def _orthonormal(tall: Array) -> tuple[Array, Array]:
@@ -179,11 +167,6 @@ def _orthonormal(tall: Array) -> tuple[Array, Array]:
 
     (q, _, ok), _ = jax.lax.while_loop(more, again, (measured(tall), jnp.zeros((), jnp.int32)))
     return q, ok
-
-
-def _product(a: Array, b: Array) -> Array:
-    # On a GPU with 16 bits: columns of A Q are then off by about eps‖A‖, as the lift is.
-    return applied("snm,smk->snk", a, b)
 
 
 def _kept_unless(ok: Array, new: Array, order: Array, q: Array) -> Turn:

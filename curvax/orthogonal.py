@@ -11,7 +11,7 @@ from jaxtyping import Array, ScalarLike
 
 from curvax import _tree
 from curvax._linalg import is_old_gpu, transposed
-from curvax._stacks import Groups, joined, spans
+from curvax._stacks import Groups, joined, places, spans
 
 # Of a step X ↦ aX + (bA + cA²)X, A = XXᵀ (Jordan et al. 2024): a large slope at zero, and singular
 # values that end between about 0.7 and 1.2 instead of at 1.
@@ -71,7 +71,7 @@ def orthogonalized(
     alike = Groups((_shape(i, x) for i, x in enumerate(wide)), wide)
     wholes = alike.together(wide)
     results = list(wholes)
-    for members in _by_short_side(wholes):
+    for members in places((x.dtype, min(x.shape[1:])) for x in wholes).values():
         group = [wholes[i] for i in members]
         kind = group[0].dtype
         if dtype is None and kind == jnp.float32 and not is_old_gpu():
@@ -90,13 +90,6 @@ def _shape(place: int, x: Array) -> Any:
     return (x.dtype, *x.shape[1:]) if x.shape[0] < _ENOUGH else place
 
 
-def _by_short_side(stacks: Sequence[Array]) -> list[list[int]]:
-    groups: dict[Any, list[int]] = {}
-    for i, x in enumerate(stacks):
-        groups.setdefault((x.dtype, min(x.shape[1:])), []).append(i)
-    return list(groups.values())
-
-
 def _iterate(
     xs: Sequence[Array], coefficients: Coefficients, eps: ScalarLike, dtype: jnp.dtype
 ) -> list[Array]:
@@ -106,7 +99,7 @@ def _iterate(
     as they do.
     """
     wide = xs[0].dtype
-    places = spans(xs)
+    parts = spans(xs)
 
     def product(a: Array, b: Array, result: Any = dtype) -> Array:
         precision = jax.lax.Precision.HIGHEST if dtype == wide else None
@@ -153,12 +146,12 @@ def _iterate(
         # The large singular values are what is left of a difference.
         return [
             added((share * scale[own], x), (scale[own], times(x, rest[own])))
-            for x, own in zip(xs, places, strict=True)
+            for x, own in zip(xs, parts, strict=True)
         ]
 
     short = min(xs[0].shape[1:])
     long = sum(x.shape[0] * max(x.shape[1:]) for x in xs)
-    length = _TOGETHER if long >= _WIDE * short * places[-1].stop else 1
+    length = _TOGETHER if long >= _WIDE * short * parts[-1].stop else 1
     for start in range(0, len(coefficients), length):
         low = [x.astype(dtype) for x in xs]
         xs = together(low, coefficients[start : start + length], start == 0)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from curvax._linalg import cholesky, matmul, shifted, transposed
-from curvax._stacks import Groups, finite_each, identities, pick
+from curvax._stacks import Groups, escalated, finite_each, identities, pick
 from curvax.operators.factors import (
     AbstractFactor,
     DenseFactor,
@@ -25,9 +25,6 @@ from curvax.operators.factors import (
 )
 from curvax.taps.blocks import Form
 from curvax.taps.statistics import Moment
-
-# Times that a factorisation is tried, each with ten times the ridge of the one before.
-ATTEMPTS = 4
 
 
 class FactorMemory(NamedTuple):
@@ -118,7 +115,7 @@ def invert(memories: Sequence[FactorMemory], shifts: Sequence[Array]) -> list[Fa
             return [inverse.slim() for inverse in inverses(factors, raised)]
 
         results = []
-        done = _escalate(attempt, [jnp.ones_like(shift) for shift in shifts])
+        done = escalated(attempt, [jnp.ones_like(shift) for shift in shifts])
         for memory, (inverse, ok) in _pairs(memories, done):
             new = memory._replace(inverse=pick(ok, inverse, memory.inverse))
             results.append(counted(new, memory.updates, ok))
@@ -194,7 +191,7 @@ def _low_rank(
     ridges = [jnp.full_like(unit, 10.0) for unit in units]
     results = []
     for factor, q, trace, (new, _) in zip(
-        factors, bases, traces, _escalate(attempt, ridges), strict=True
+        factors, bases, traces, escalated(attempt, ridges), strict=True
     ):
         # Nothing has come in yet that has a range: keep the basis.
         same = LowRankFactor(q, jnp.zeros_like(factor.core), trace)
@@ -216,35 +213,6 @@ def _orthonormal(stacks: list[Array]) -> list[tuple[Array, Array]]:
             upper = transposed(lower)
             results.append((matmul(q, transposed(half)), upper if r is None else matmul(upper, r)))
     return results
-
-
-def _escalate(
-    attempt: Callable[[list[Array]], list[Any]], ridges: list[Array]
-) -> list[tuple[Any, Bool[Array, " stack"]]]:
-    """`attempt(ridges)`, with a ridge ten times as large for each matrix that came to nothing."""
-
-    def again(carry: Any) -> Any:
-        ridges, results, oks, tries = carry
-        new = attempt(ridges)
-        fine = [finite_each(each) for each in new]
-        results = [
-            pick(now & ~ok, each, result)
-            for now, ok, each, result in zip(fine, oks, new, results, strict=True)
-        ]
-        ridges = [jnp.where(now, ridge, 10 * ridge) for now, ridge in _pairs(fine, ridges)]
-        return ridges, results, [ok | now for ok, now in _pairs(oks, fine)], tries + 1
-
-    def more(carry: Any) -> Array:
-        _, _, oks, tries = carry
-        return ~jnp.all(jnp.concatenate(oks)) & (tries < ATTEMPTS)
-
-    empty = [
-        jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), each)
-        for each in jax.eval_shape(attempt, ridges)
-    ]
-    begin = (ridges, empty, [jnp.zeros(r.shape, bool) for r in ridges], jnp.zeros((), jnp.int32))
-    _, results, oks, _ = jax.lax.while_loop(more, again, begin)
-    return list(_pairs(results, oks))
 
 
 def _batched(

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from curvax._linalg import cholesky
+from curvax._stacks import ATTEMPTS
 from curvax.operators.factors import DenseFactor, LowRankFactor, spectra
-from curvax.refresh import ATTEMPTS, FactorMemory, first_factor, invert, refresh
+from curvax.refresh import FactorMemory, first_factor, invert, refresh
 from curvax.taps.blocks import Form
 from curvax.taps.statistics import Moment
 
