@@ -96,8 +96,8 @@ class EigenbasisRoot(AbstractInverseRoot):
     """Q (diag(QᵀAQ) + ε)^−e Qᵀ in an eigenbasis Q that is turned by one step of orthogonal
     iteration at each refresh (see [`turned`][curvax.eigenbasis.turned]), for any exponent.
 
-    The first basis is that of an eigendecomposition. Products and one or two Cholesky
-    factorisations, about 14 n³ operations for an n × n matrix: the cheapest way, where matrices
+    The first basis is that of an eigendecomposition. Products and two or three Cholesky
+    factorisations, about 19 n³ operations for an n × n matrix: the cheapest way, where matrices
     change slowly from one refresh to the next. Between them Q lags behind.
 
     **Arguments:**

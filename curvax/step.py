@@ -55,9 +55,9 @@ class Step:
         plain = isinstance(optimizer, optax.GradientTransformation)
         self.optimizer: Any = optax.with_extra_args_support(optimizer) if plain else optimizer
         self.method = method
+        self._donates = donate
         # Plain `jit`, with what is no array in the model as a static argument: on a small model
         # the host's share of a step counts.
-        self._donates = donate
         self._compiled = jax.jit(
             self._run, static_argnums=(5, 6), donate_argnums=(0, 1) if donate else ()
         )

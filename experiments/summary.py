@@ -55,9 +55,8 @@ class Row:
     same as a multiple of the steps that Adam itself took to get there first; `to_adam_time` is that
     multiple in seconds. Infinite is never. Where costs were measured, `milliseconds` are those of
     steps beside Adam's, `to_adam_time` is in steps as they cost there, and `gradients` is what a
-    step took on average, in gradients. `short` is the
-    final loss of shorter runs, and `sooner` whether at least half of them, each beside Adam's run
-    with the same seed, ended no higher than that did.
+    step took on average, in gradients. `short` is the final loss of shorter runs, and `sooner`
+    whether at least half of them, each beside Adam's run with the same seed, ended no higher.
     """
 
     method: str

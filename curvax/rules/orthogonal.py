@@ -16,7 +16,8 @@ from curvax.tensors import Layout
 class NewtonSchulz(AbstractTensorRule):
     """Each matrix replaced by the nearest semi-orthogonal one, roughly.
 
-    The state is empty. Matrices of equal shape are iterated together.
+    The state is empty. How matrices of several shapes are iterated together:
+    `curvax.orthogonal.orthogonalized`.
 
     **Arguments:**
 
