@@ -132,7 +132,9 @@ def learning_curves(
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
         )
         if crowded:
-            row[0].set_ylim(top=2 * _start(comparison))  # what diverges leaves the picture
+            # What diverges leaves the picture, and does not stretch it.
+            lowest = min(min(run.smoothed) for t in comparison.trials for run in t.chosen)
+            row[0].set_ylim(0.8 * lowest, 2 * _start(comparison))
             named = row[0].get_legend_handles_labels()
             row[-1].legend(
                 *named,
