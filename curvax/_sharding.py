@@ -25,3 +25,47 @@ def compiler_sharded(function: Callable[..., Any], like: Any, *args: Any) -> Any
     whole = NamedSharding(found[0].mesh, PartitionSpec())
     wanted = jax.tree.map(lambda leaf: explicit(leaf) or whole, like)
     return jax.sharding.auto_axes(function, out_sharding=wanted)(*args)
+
+
+def sharded_as(array: jax.Array, like: Any) -> jax.Array:
+    """An array where another is, if that is part of the type of the other."""
+    sharding = explicit(like)
+    return array if sharding is None else jax.sharding.reshard(array, sharding)
+
+
+def whole(array: jax.Array) -> jax.Array:
+    """A copy of all of an array on each device, where it lives on an Explicit mesh."""
+    sharding = explicit(array)
+    if sharding is None:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def gathered(tree: Any, batch: Any) -> Any:
+    """The tree, no more sharded along the axes of an Explicit mesh that a batch is sharded along:
+    what one example makes of it can then be there for all examples, each on its own device.
+    """
+    taken = {name for leaf in jax.tree.leaves(batch) for name in _axes(leaf)}
+
+    def gather(leaf: Any) -> Any:
+        sharding = explicit(leaf)
+        if sharding is None or taken.isdisjoint(_axes(leaf)):
+            return leaf
+        kept = [
+            tuple(name for name in _names(entry) if name not in taken) for entry in sharding.spec
+        ]
+        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec(*kept)))
+
+    return jax.tree.map(gather, tree)
+
+
+def _axes(leaf: Any) -> set[str]:
+    """The axes of an Explicit mesh that any axis of an array is sharded along."""
+    sharding = explicit(leaf)
+    return {name for entry in (sharding.spec if sharding else ()) for name in _names(entry)}
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

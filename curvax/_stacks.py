@@ -19,7 +19,7 @@ def identities(stack: int, size: int, dtype: Any) -> Float[Array, "stack n n"]:
 def finite_each(tree: Any) -> Bool[Array, " stack"]:
     """For each matrix of a stack, whether all of it is finite."""
     checks = [
-        jnp.all(jnp.isfinite(leaf.reshape(leaf.shape[0], -1)), axis=1)
+        jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
         for leaf in jax.tree.leaves(tree)
     ]
     return jnp.all(jnp.stack(checks), axis=0)

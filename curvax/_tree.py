@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
+from curvax._sharding import sharded_as
 from curvax._stacks import places
 
 # Arrays of at most so many entries: launching a kernel for each costs more than to read them.
@@ -165,7 +166,9 @@ def random_like(
     """Independent draws of `sampler(key, shape, dtype)` in the structure of `a`."""
     leaves, treedef = jax.tree.flatten(a)
     keys = jax.random.split(key, max(len(leaves), 1))
-    draws = [sampler(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    draws = [
+        sharded_as(sampler(k, x.shape, x.dtype), x) for k, x in zip(keys, leaves, strict=False)
+    ]
     return jax.tree.unflatten(treedef, draws)
 
 

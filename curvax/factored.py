@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, Scalar
 from curvax import _tree
 from curvax._checks import check_count, check_share
 from curvax._linalg import matmul, transposed
+from curvax._sharding import compiler_sharded
 from curvax._stacks import finite_each, identities, joined, pick
 from curvax.blockwise import AbstractBlockPreconditioner, Memory
 from curvax.damping import AbstractFactorDamping
@@ -119,8 +120,8 @@ class _Factors(AbstractBlockPreconditioner):
             mine = {block.path for block in quantity.mine(blocks)}
             stale = {name: each for name, each in new.items() if name in mine}
             moments = observation[quantity]
-            fresh = lambda stale=stale, moments=moments: self._refreshed(
-                stale, moments, damping, count
+            fresh = lambda stale=stale, moments=moments: compiler_sharded(
+                self._refreshed, stale, stale, moments, damping, count
             )
             if due is True:
                 new = new | fresh()
@@ -330,7 +331,9 @@ class EigenPreconditioner(_Factors):
         quantity = self._rotated()
         due = observation.due(quantity)
         if due is not False:
-            measured = lambda: self._scaled(memory, observation[quantity])
+            measured = lambda: compiler_sharded(
+                self._scaled, memory, memory, observation[quantity]
+            )
             memory = measured() if due is True else jax.lax.cond(due, measured, lambda: memory)
         return super().update(memory, blocks, observation, damping, count)
 

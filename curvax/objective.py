@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
 from curvax._masked import Embedded, is_masked, keep_unmasked, unmask
+from curvax._sharding import gathered
 from curvax.batch import Batch, Example, share, taken_apart, weigh
 from curvax.losses import AbstractLoss
 
@@ -380,6 +381,7 @@ class Objective(eqx.Module):
 
         The result holds batch × columns gradients of the size of the parameters.
         """
+        params = gathered(params, (x, cotangents))
 
         def one(x: PyTree[Array], cotangents: Array, key: PRNGKeyArray | None) -> Params:
             return jax.vmap(lambda u: self.pull_back_example(params, x, u, key))(cotangents)

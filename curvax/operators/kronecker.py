@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Scalar
 
 from curvax import _tree
 from curvax._linalg import applied, transposed
+from curvax._sharding import compiler_sharded
 from curvax._stacks import joined, spans
 from curvax.objective import Params
 from curvax.operators.factors import (
@@ -275,14 +276,19 @@ def apply_blocks(
     """The product of a block-diagonal operator with a vector: the matrices of several blocks of
     equal form are one stack.
     """
+    blocks, matrices = zip(*groups, strict=True)
+
+    def product(matrices: Sequence[AbstractBlockMatrix], leaves: list[Array]) -> list[Array | None]:
+        results: list[Array | None] = [None] * len(leaves)
+        for own, matrix in zip(blocks, matrices, strict=True):
+            for leaf, part in _products(own, matrix, leaves):
+                before = results[leaf]
+                part = part.astype(leaves[leaf].dtype)
+                results[leaf] = part if before is None else before + part
+        return results
+
     leaves, treedef = jax.tree.flatten(vector)
-    results: list[Array | None] = [None] * len(leaves)
-    for blocks, matrix in groups:
-        for leaf, part in _products(blocks, matrix, leaves):
-            before = results[leaf]
-            part = part.astype(leaves[leaf].dtype)
-            results[leaf] = part if before is None else before + part
-    return jax.tree.unflatten(treedef, results)
+    return jax.tree.unflatten(treedef, compiler_sharded(product, leaves, matrices, leaves))
 
 
 def _products(

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from curvax._jaxpr import evaluate, is_literal
 from curvax._linalg import einsum
-from curvax._sharding import explicit
+from curvax._sharding import gathered, whole
 from curvax.objective import Objective, Params
 
 # These only move or negate the entries of a leaf, which leaves its inner products as they are.
-_REARRANGING = ("transpose", "reshape", "squeeze", "neg", "copy")
+_REARRANGING = ("transpose", "reshape", "squeeze", "neg", "copy", "reshard")
 
 
 class _Product(NamedTuple):
@@ -54,6 +54,7 @@ def row_gram(
 ) -> Float[Array, "rows rows"]:
     """UᵀU for the rows Jᵢᵀu of each example i and each column u of cotangents, examples first."""
     columns, batch = cotangents.shape[:2]
+    params = gathered(params, (x, cotangents))
     keys = objective.example_keys(x, key)
     first = lambda tree: jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree
@@ -138,12 +139,3 @@ def _depends_on(jaxpr: Any, sources: Any) -> Any:
         if any(not is_literal(atom) and atom in reached for atom in eqn.invars):
             reached.update(eqn.outvars)
     return lambda var: not is_literal(var) and var in reached
-
-
-def whole(x: Array) -> Array:
-    """A copy of all of x on each device, where it lives on an Explicit mesh."""
-    sharding = explicit(x)
-    if sharding is None:
-        return x
-    spec = jax.sharding.PartitionSpec(*[None] * x.ndim)
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))

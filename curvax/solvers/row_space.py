@@ -22,11 +22,11 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from curvax import _tree
+from curvax._sharding import whole
 from curvax.objective import Params
 from curvax.operators.algebra import Damped
 from curvax.operators.base import AbstractSymmetricOperator
 from curvax.operators.curvature import AbstractOutputCurvature
-from curvax.operators.rows import whole
 
 
 class AbstractRowFactor(eqx.Module):

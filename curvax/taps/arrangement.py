@@ -9,7 +9,6 @@ operation itself, never guessed.
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -200,23 +199,7 @@ def product(equation: str, *operands: Array) -> Array:
         *operands,
         precision=precision(*operands),
         preferred_element_type=dtype,
-        out_sharding=_sharding(equation, operands),
     )
-
-
-def _sharding(equation: str, operands: Sequence[Array]) -> jax.sharding.NamedSharding | None:
-    """Of an einsum on an Explicit mesh, which does not say itself where a sum over the batch goes:
-    axes stay as they are in the operands, and sums are whole on each device.
-    """
-    mesh = jax.typeof(operands[0]).sharding.mesh
-    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
-        return None
-    inputs, output = equation.split("->")
-    axes: dict[str, Any] = {}
-    for letters, operand in zip(inputs.split(","), operands, strict=True):
-        specs = zip(letters, jax.typeof(operand).sharding.spec, strict=True)
-        axes.update({letter: spec for letter, spec in specs if spec is not None})
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*map(axes.get, output)))
 
 
 def precision(*operands: Array) -> lax.Precision:

@@ -103,6 +103,7 @@ _AS_IT_IS = (
     "name",
     "optimization_barrier",
     "reduce_precision",
+    "reshard",
     "sharding_constraint",
 )
 

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+from curvax._sharding import compiler_sharded
+
 # A hashable function: the primitive is compared and cached by it.
 Rule = Callable[..., tuple[Array, ...]]
 
@@ -82,7 +84,14 @@ def _transpose(
     statistics: Any = functools.partial(rule, lead=lead)
     for _ in range(outer):
         statistics = jax.vmap(statistics)
-    return [cotangent, *statistics(cotangent, *data), *[None] * len(data)]
+    # As the probes are sharded, whatever the activations are.
+    like = tuple(_struct(probe.aval) for probe in others[:probes])
+    found = compiler_sharded(statistics, like, cotangent, *data)
+    return [cotangent, *found, *[None] * len(data)]
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding)
 
 
 ad.primitive_transposes[_tangent] = _transpose
