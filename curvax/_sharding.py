@@ -41,6 +41,26 @@ def whole(array: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
+def on_mesh_of(params: Any, state: Any) -> Any:
+    """The state, with a copy on each device of the parameters' mesh of what is on none yet."""
+    found = [leaf.sharding for leaf in jax.tree.leaves(params) if _placed(leaf)]
+    meshes = [each.mesh for each in found if isinstance(each, NamedSharding)]
+    if not meshes:
+        return state
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+
+    def place(leaf: Any) -> Any:
+        if not _placed(leaf) or isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        return jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, state)
+
+
+def _placed(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
 def gathered(tree: Any, batch: Any) -> Any:
     """The tree, no more sharded along the axes of an Explicit mesh that a batch is sharded along:
     what one example makes of it can then be there for all examples, each on its own device.

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from curvax import _tree
 from curvax._binding import binding
+from curvax._sharding import explicit, on_mesh_of
 from curvax.batch import Batch
 from curvax.objective import Params
 from curvax.plan import GainRatio, Observation
@@ -27,6 +29,8 @@ from curvax.transform import (
 )
 
 _Static = tuple[Any, tuple[Any, ...]]
+# Of the arrays of a model and of a state.
+_Places = tuple[tuple[Any, ...], tuple[Any, ...]] | None
 
 
 class StepState(NamedTuple):
@@ -59,7 +63,7 @@ class Step:
         # Plain `jit`, with what is no array in the model as a static argument: on a small model
         # the host's share of a step counts.
         self._compiled = jax.jit(
-            self._run, static_argnums=(5, 6), donate_argnums=(0, 1) if donate else ()
+            self._run, static_argnums=(5, 6, 7), donate_argnums=(0, 1) if donate else ()
         )
         self._outputs: dict[Any, jax.ShapeDtypeStruct] = {}
         # The count array last handed out, and its value: the phase of the next step is known
@@ -73,7 +77,8 @@ class Step:
         params, objective = self.method.objective.bind(model)
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         with binding(objective, params):
-            return StepState(count, self.optimizer.init(params), skipped)
+            state = StepState(count, self.optimizer.init(params), skipped)
+        return on_mesh_of(params, state)
 
     def __call__(
         self,
@@ -91,7 +96,14 @@ class Step:
         count = self._host_count(state.count)
         arrays, static = _split(model)
         arrays, changed, info = self._compiled(
-            arrays, state, batch, key, curvature_batch, static, self._phase(count)
+            arrays,
+            state,
+            batch,
+            key,
+            curvature_batch,
+            static,
+            self._phase(count),
+            _places(arrays, state),
         )
         state = _updated(state, changed)
         self._last = (state.count, count + 1)
@@ -114,7 +126,10 @@ class Step:
         """
         arrays, static = _split(model)
         phase = self._phase(count)
-        return self._compiled.lower(arrays, state, batch, key, curvature_batch, static, phase)
+        places = _places(arrays, state)
+        return self._compiled.lower(
+            arrays, state, batch, key, curvature_batch, static, phase, places
+        )
 
     def _run(
         self,
@@ -125,11 +140,15 @@ class Step:
         curvature_batch: Batch | None,
         static: _Static,
         phase: tuple[Due, ...],
+        places: _Places,
     ) -> tuple[list[Any], list[Array | None], Metrics]:
         model, new, info = self.pure(
             _merge(arrays, static), state, batch, key, curvature_batch=curvature_batch, phase=phase
         )
-        return _split(model)[0], self._changed(new, state), info
+        arrays, changed = _split(model)[0], self._changed(new, state)
+        if places is not None:
+            arrays, changed = map(_stay, (arrays, changed), places)
+        return arrays, changed, info
 
     def _changed(self, new: StepState, old: StepState) -> list[Array | None]:
         """The leaves of the new state; None for those that are the old ones: XLA would copy what
@@ -280,6 +299,23 @@ def _updated(state: StepState, changed: list[Array | None]) -> StepState:
     held = lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
     pairs = zip(leaves, changed, strict=True)
     return jax.tree.unflatten(treedef, [held(a) if b is None else b for a, b in pairs])
+
+
+def _places(arrays: list[Any], state: StepState) -> _Places:
+    """Where model and state are on a mesh; None on one device, and where it is in their types."""
+    on_mesh = getattr(state.count, "sharding", None)
+    if not isinstance(on_mesh, NamedSharding) or explicit(state.count):
+        return None
+    of = lambda leaves: tuple(getattr(leaf, "sharding", None) for leaf in leaves)
+    return of(arrays), of(jax.tree.leaves(state))
+
+
+def _stay(found: list[Any], places: tuple[Any, ...]) -> list[Any]:
+    """What XLA would place otherwise, if it chose: another program then for the next step."""
+    return [
+        x if x is None or place is None else jax.lax.with_sharding_constraint(x, place)
+        for x, place in zip(found, places, strict=True)
+    ]
 
 
 def _split(model: PyTree[Any]) -> tuple[list[Any], _Static]:
