@@ -48,6 +48,15 @@ def scan_sizes(eqn: Any, body: Any) -> tuple[int, int]:
     return same - carry, carry
 
 
+def bind(eqn: Any, inputs: Sequence[Any]) -> list[Array]:
+    """The outputs of one equation, under the mesh (of Explicit or of Auto axes) that it was traced
+    under.
+    """
+    with eqn.ctx.manager:
+        outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
 def evaluate(
     jaxpr: Any,
     consts: Sequence[Any],
@@ -75,8 +84,7 @@ def evaluate(
             inner, inner_consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
             outputs = evaluate(inner, inner_consts, inputs, rule)
         if outputs is None:
-            outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+            outputs = bind(eqn, inputs)
         values.update(zip(eqn.outvars, outputs, strict=True))
     # A constant among the results would be no array.
     array = lambda atom: jnp.asarray(atom.val, atom.aval.dtype)

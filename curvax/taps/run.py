@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from curvax._jaxpr import scan_sizes, sub_jaxprs
+from curvax._jaxpr import bind, scan_sizes, sub_jaxprs
 from curvax.taps.primitive import Rule, tap
 from curvax.taps.uses import Path, Use
 
@@ -62,8 +62,7 @@ class Tapped:
                 inside = {name: payloads[name] for name in names}
                 outputs = self._enter(eqn, inputs, place, inside, weight, depth)
             else:
-                outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-                outputs = list(outputs) if eqn.primitive.multiple_results else [outputs]
+                outputs = bind(eqn, inputs)
             for name in self._at.get(place, ()):
                 if name in payloads:
                     use, rule = self._taps[name]
