@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, Scalar
 
-from curvax._sharding import sharded_as
+from curvax._sharding import sharded_as, whole
 from curvax._stacks import places
 
 # Arrays of at most so many entries: launching a kernel for each costs more than to read them.
@@ -202,7 +202,7 @@ def common_dtype(*trees: PyTree) -> jnp.dtype:
 def ravel(a: PyTree[Array], dtype=None) -> Array:
     """All leaves in one vector: for dense references and small solves only, never in a step."""
     dtype = common_dtype(a) if dtype is None else dtype
-    pieces = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(a)]
+    pieces = [jnp.ravel(whole(leaf)).astype(dtype) for leaf in jax.tree.leaves(a)]
     return jnp.concatenate(pieces) if pieces else jnp.zeros((0,), dtype)
 
 
@@ -213,7 +213,7 @@ def unravel(like: PyTree, vector: Array) -> PyTree[Array]:
     for leaf in leaves:
         ends.append(ends[-1] + leaf.size)
     pieces = [
-        vector[start:end].reshape(leaf.shape).astype(leaf.dtype)
+        sharded_as(vector[start:end].reshape(leaf.shape).astype(leaf.dtype), leaf)
         for leaf, start, end in zip(leaves, ends[:-1], ends[1:], strict=True)
     ]
     return jax.tree.unflatten(treedef, pieces)

@@ -331,9 +331,7 @@ class EigenPreconditioner(_Factors):
         quantity = self._rotated()
         due = observation.due(quantity)
         if due is not False:
-            measured = lambda: compiler_sharded(
-                self._scaled, memory, memory, observation[quantity]
-            )
+            measured = lambda: compiler_sharded(self._scaled, memory, memory, observation[quantity])
             memory = measured() if due is True else jax.lax.cond(due, measured, lambda: memory)
         return super().update(memory, blocks, observation, damping, count)
 

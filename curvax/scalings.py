@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Scalar, ScalarLike
 from curvax import _tree
 from curvax._checks import check_positive
 from curvax._masked import seen_by
+from curvax._sharding import compiler_sharded
 from curvax.objective import Params
 from curvax.operators.kronecker import arrange, disarrange
 from curvax.orthogonal import QUINTIC, newton_schulz
@@ -253,8 +254,16 @@ class Orthogonalised(AbstractScaling):
         ahead = _tree.add_scaled(direction, self.momentum, state)  # Nesterov
         leaves, treedef = jax.tree.flatten(ahead)
         plain, _ = RMS().apply((), ahead, context)
-        results = list(jax.tree.leaves(plain))
-        for block in context.blocks:
+        spectral = lambda *args: self._orthogonal(context.blocks, *args)
+        results = compiler_sharded(spectral, leaves, leaves, jax.tree.leaves(plain))
+        return jax.tree.unflatten(treedef, results), state
+
+    def _orthogonal(
+        self, blocks: tuple[Block, ...], leaves: list[Array], plain: list[Array]
+    ) -> list[Array]:
+        """The leaves of matrices orthogonalised, and the others as in `plain`."""
+        results = list(plain)
+        for block in blocks:
             if isinstance(block, DiagonalBlock) or block.kind == "embedding":
                 continue
             matrix = arrange(block, leaves)
@@ -269,7 +278,7 @@ class Orthogonalised(AbstractScaling):
                 spectral = jnp.concatenate([spectral, bias.astype(spectral.dtype)], axis=-1)
             for leaf, part in disarrange(block, spectral, leaves).items():
                 results[leaf] = part.astype(leaves[leaf].dtype)
-        return jax.tree.unflatten(treedef, results), state
+        return results
 
 
 class QuadraticState(NamedTuple):
