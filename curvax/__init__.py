@@ -53,6 +53,7 @@ from curvax.operators import accumulate_stacked as accumulate_stacked
 from curvax.operators.kfac import EigenvalueCorrected as EigenvalueCorrected
 from curvax.operators.kfac import KroneckerFactored as KroneckerFactored
 from curvax.operators.kfac import LowRankKronecker as LowRankKronecker
+from curvax.placement import state_sharding as state_sharding
 from curvax.plan import BartlettDiagonal as BartlettDiagonal
 from curvax.plan import FisherCurvature as FisherCurvature
 from curvax.plan import FisherDiagonal as FisherDiagonal

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from curvax._ownership import over_devices
+
 # Times that a factorisation is tried, each with ten times the ridge of the one before.
 ATTEMPTS = 4
 
@@ -100,6 +102,12 @@ class Groups:
     def keys(self) -> list[Any]:
         """Of each group."""
         return list(self._members)
+
+    def map(self, function: Callable[..., list[Any]], *lists: Sequence[Any]) -> list[Any]:
+        """One tree for each member, from `function(keys, *lists)` on whole groups: with each matrix
+        on one device, if a mesh is set.
+        """
+        return self.apart(over_devices(function, self.keys, *map(self.together, lists)))
 
     def together(self, trees: Sequence[Any]) -> list[Any]:
         """One tree for each group: the stacks of its members one behind the other."""

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, Scalar
 from curvax import _tree
 from curvax._checks import check_count, check_share
 from curvax._linalg import matmul, transposed
+from curvax._ownership import over_devices
 from curvax._sharding import compiler_sharded
 from curvax._stacks import finite_each, identities, joined, pick
 from curvax.blockwise import AbstractBlockPreconditioner, Memory
@@ -295,7 +296,9 @@ class EigenPreconditioner(_Factors):
         del damping
         names = list(dict.fromkeys(name for name, _ in places))
         sides = [(name, side) for name in names for side in ("input", "output")]
-        found = dict(zip(sides, spectra([each.factor for each in _at(new, sides)]), strict=True))
+        factors = [each.factor for each in _at(new, sides)]
+        spectrum = lambda _, factors: spectra(factors)
+        found = dict(zip(sides, over_devices(spectrum, sides, factors), strict=True))
         for name in names:
             was, now = old[name], new[name]
             # Old moments in the new bases; the first time from the factors themselves.

@@ -42,6 +42,11 @@ class FactorMemory(NamedTuple):
     def damped_inverse(self) -> AbstractFactor:
         return self.inverse.beside(self.factor)
 
+    @property
+    def resting(self) -> Any:
+        """What only refreshes read: a low-rank factor has the basis of its inverse, too."""
+        return self.factor if isinstance(self.factor, DenseFactor) else ()
+
 
 def first_factor(form: Form, stack: int, dtype: Any, seed: int) -> FactorMemory:
     """A zero factor whose inverse is the identity, before the first refresh."""
@@ -224,7 +229,7 @@ def _batched(
     if not memories:
         return []
     groups = Groups(map(_form, memories), memories)
-    return groups.apart(function(groups.together(memories), groups.together(others)))
+    return groups.map(lambda _, *lists: function(*lists), memories, others)
 
 
 def _form(memory: FactorMemory) -> Hashable:

@@ -291,19 +291,21 @@ def refreshed(
     none.
     """
     keys = [(a.shape[-1], a.dtype, e) for a, e in zip(matrices, exponents, strict=True)]
-    groups = Groups(keys, matrices)
-    whole, old = groups.together(matrices), groups.together(states)
-    memories = [state.memory for state in old]
-    done = config.compute(whole, [exponent for *_, exponent in groups.keys], memories, first)
-    results = []
-    for a, state, new in zip(whole, old, done, strict=True):
-        ok = finite_each(new)
-        empty = jnp.trace(a, axis1=1, axis2=2) == 0
-        root, memory = pick(ok & ~empty, new, (state.root, state.memory))
-        age = jnp.where(ok & ~empty, 0, state.age + 1)
-        failures = state.failures + (~ok & ~empty).astype(jnp.int32)
-        results.append(RootState(root, memory, age, failures))
-    return groups.apart(results)
+
+    def anew(keys: list[Any], matrices: list[Array], old: list[RootState]) -> list[RootState]:
+        memories = [state.memory for state in old]
+        done = config.compute(matrices, [exponent for *_, exponent in keys], memories, first)
+        results = []
+        for a, state, new in zip(matrices, old, done, strict=True):
+            ok = finite_each(new)
+            empty = jnp.trace(a, axis1=1, axis2=2) == 0
+            root, memory = pick(ok & ~empty, new, (state.root, state.memory))
+            age = jnp.where(ok & ~empty, 0, state.age + 1)
+            failures = state.failures + (~ok & ~empty).astype(jnp.int32)
+            results.append(RootState(root, memory, age, failures))
+        return results
+
+    return Groups(keys, matrices).map(anew, matrices, states)
 
 
 def _spectral(

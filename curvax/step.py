@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from curvax import _tree
 from curvax._binding import binding
+from curvax._ownership import working_on
 from curvax._sharding import explicit, on_mesh_of
 from curvax.batch import Batch
 from curvax.objective import Params
@@ -142,9 +143,12 @@ class Step:
         phase: tuple[Due, ...],
         places: _Places,
     ) -> tuple[list[Any], list[Array | None], Metrics]:
-        model, new, info = self.pure(
-            _merge(arrays, static), state, batch, key, curvature_batch=curvature_batch, phase=phase
-        )
+        model = _merge(arrays, static)
+        mesh = None if places is None else places[1][0].mesh
+        with working_on(mesh):
+            model, new, info = self.pure(
+                model, state, batch, key, curvature_batch=curvature_batch, phase=phase
+            )
         arrays, changed = _split(model)[0], self._changed(new, state)
         if places is not None:
             arrays, changed = map(_stay, (arrays, changed), places)

@@ -26,6 +26,11 @@ class EigenSide(NamedTuple):
     age: Int[Array, " stack"]
     failures: Int[Array, " stack"]
 
+    @property
+    def resting(self) -> Any:
+        """What only refreshes read."""
+        return self.factor
+
 
 class Turned(NamedTuple):
     """A side with its basis anew, the old coordinates in the new ones, and their order."""
@@ -106,23 +111,26 @@ def turned_sides(
     """By [`turned`][curvax.eigenbasis.turned], those of equal size together. A basis that could not
     be turned stays, and is counted.
     """
+
+    def anew(_: Any, sides: list[EigenSide]) -> list[Turned]:
+        turns = turned(
+            [side.factor for side in sides],
+            [side.basis for side in sides],
+            first,
+            tolerance=tolerance,
+            sort=sort,
+        )
+        results = []
+        for side, turn in zip(sides, turns, strict=True):
+            rotation = applied("snk,snm->skm", turn.basis, side.basis)
+            age = jnp.where(turn.ok, 0, side.age + 1)
+            failures = side.failures + (~turn.ok).astype(jnp.int32)
+            new = EigenSide(side.factor, turn.basis, age, failures)
+            results.append(Turned(new, rotation, turn.order))
+        return results
+
     groups = Groups([(side.factor.shape[-1], side.factor.dtype) for side in sides], sides)
-    whole = groups.together(sides)
-    turns = turned(
-        [side.factor for side in whole],
-        [side.basis for side in whole],
-        first,
-        tolerance=tolerance,
-        sort=sort,
-    )
-    results = []
-    for side, turn in zip(whole, turns, strict=True):
-        rotation = applied("snk,snm->skm", turn.basis, side.basis)
-        age = jnp.where(turn.ok, 0, side.age + 1)
-        failures = side.failures + (~turn.ok).astype(jnp.int32)
-        new = EigenSide(side.factor, turn.basis, age, failures)
-        results.append(Turned(new, rotation, turn.order))
-    return groups.apart(results)
+    return groups.map(anew, sides)
 
 
 def projected(

@@ -30,6 +30,11 @@ class FullSide(NamedTuple):
     factor: Float[Array, "stack n n"]
     root: RootState
 
+    @property
+    def resting(self) -> Any:
+        """What only refreshes read."""
+        return self.factor, self.root.memory
+
     def measured(self, stack: Array, dim: int, decay: Array, weight: Array) -> "FullSide":
         """After a gradient."""
         moment = second_moment(stack, dim)
