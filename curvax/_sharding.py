@@ -1,5 +1,6 @@
 """Meshes with Explicit axes, where how an array is sharded is part of its type."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,22 @@ def on_mesh_of(params: Any, state: Any) -> Any:
 
 def _placed(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+@functools.cache
+def plain(sharding: Any) -> Any:
+    """Equal for shardings that put an array alike on a mesh, so that it may be a static argument:
+    the results of a program are not always written down as its arguments were.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    kept = [
+        tuple(name for name in _names(entry) if sharding.mesh.shape[name] > 1)
+        for entry in sharding.spec
+    ]
+    while kept and not kept[-1]:
+        kept.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept), memory_kind=sharding.memory_kind)
 
 
 def gathered(tree: Any, batch: Any) -> Any:

@@ -63,8 +63,8 @@ def _specs(params: Any, mesh: Mesh) -> Iterator[tuple[str, tuple[tuple[int, ...]
         if isinstance(sharding, NamedSharding):
             if sharding.mesh.shape != mesh.shape:
                 raise ValueError(
-                    f"params{jax.tree_util.keystr(path)}: it is on a mesh of {sharding.mesh.shape}, "
-                    f"wanted one of {mesh.shape}. Put all on one mesh."
+                    f"params{jax.tree_util.keystr(path)}: it is on a mesh of "
+                    f"{sharding.mesh.shape}, wanted one of {mesh.shape}. Put all on one mesh."
                 )
             spec = sharding.spec
         yield jax.tree_util.keystr(path), (leaf.shape, spec)

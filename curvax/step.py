@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 from curvax import _tree
 from curvax._binding import binding
 from curvax._ownership import working_on
-from curvax._sharding import explicit, on_mesh_of
+from curvax._sharding import explicit, on_mesh_of, plain
 from curvax.batch import Batch
 from curvax.objective import Params
 from curvax.plan import GainRatio, Observation
@@ -310,7 +310,7 @@ def _places(arrays: list[Any], state: StepState) -> _Places:
     on_mesh = getattr(state.count, "sharding", None)
     if not isinstance(on_mesh, NamedSharding) or explicit(state.count):
         return None
-    of = lambda leaves: tuple(getattr(leaf, "sharding", None) for leaf in leaves)
+    of = lambda leaves: tuple(plain(getattr(leaf, "sharding", None)) for leaf in leaves)
     return of(arrays), of(jax.tree.leaves(state))
 
 
