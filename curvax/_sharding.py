@@ -31,7 +31,9 @@ def compiler_sharded(function: Callable[..., Any], like: Any, *args: Any) -> Any
 def sharded_as(array: jax.Array, like: Any) -> jax.Array:
     """An array where another is, if that is part of the type of the other."""
     sharding = explicit(like)
-    return array if sharding is None else jax.sharding.reshard(array, sharding)
+    if sharding is None or sharding == explicit(array):
+        return array
+    return jax.sharding.reshard(array, sharding)
 
 
 def whole(array: jax.Array) -> jax.Array:

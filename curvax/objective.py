@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
 from curvax._masked import Embedded, is_masked, keep_unmasked, unmask
-from curvax._sharding import gathered
+from curvax._sharding import gathered, sharded_as
 from curvax.batch import Batch, Example, share, taken_apart, weigh
 from curvax.losses import AbstractLoss
 
@@ -42,7 +42,7 @@ class Linearisation(eqx.Module):
     def vjp(self, cotangent: Array) -> Params:
         """Jᵀ u, of the structure of the parameters."""
         transpose = jax.linear_transpose(self.tangent, _tree.structure(self.params))
-        return transpose(cotangent.astype(self.outputs.dtype))[0]
+        return transpose(sharded_as(cotangent.astype(self.outputs.dtype), self.outputs))[0]
 
     def restrict(self, template: PyTree[Any]) -> "Linearisation":
         """The linearisation in only those parameters that `template` does not mask."""

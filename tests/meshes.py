@@ -93,9 +93,9 @@ def places_of(tree):
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def assert_where(tree, places):
+def assert_where(tree, places, name=""):
     for x, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True):
-        assert x.sharding.is_equivalent_to(wanted, x.ndim), (x.shape, x.sharding, wanted)
+        assert x.sharding.is_equivalent_to(wanted, x.ndim), (name, x.sharding, wanted)
 
 
 def assert_same(got, wanted, where=""):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from curvax import _tree
 from curvax._checks import check_count
 from curvax._masked import Embedded, keep_unmasked
+from curvax._sharding import sharded_as
 from curvax.batch import Batch
 from curvax.objective import Linearisation, Objective, Params
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator, Transpose
@@ -171,7 +172,8 @@ class AbstractOutputCurvature(AbstractCurvature):
                 self.objective.l2, rows.dtype
             )
 
-        return jax.tree.map(leaf, self.row_gradients())
+        entries = jax.tree.map(leaf, self.row_gradients())
+        return jax.tree.map(sharded_as, entries, self.params)
 
 
 class GaussNewton(AbstractOutputCurvature):
