@@ -61,6 +61,11 @@ class EigenMemory(AbstractMemory):
     refreshed: Int[Array, ""]
     parts: Parts = eqx.field(static=True)
 
+    @property
+    def resting(self) -> Any:
+        """What only refreshes read."""
+        return self.input.resting, self.output.resting
+
 
 class DiagonalMemory(AbstractMemory):
     """The moving averages of diagonal blocks, each of the shape of its leaf, and what is added to

@@ -44,14 +44,18 @@ def state_sharding(
         raise ValueError(f'keep: got {keep!r}, wanted "all" or "own".')
     state = eqx.filter_eval_shape(optimizer.init, params)
     owners = dict(_specs(params, mesh))
-    resting = {id(leaf) for part in _resting(state) for leaf in jax.tree.leaves(part)}
+    says = lambda node: hasattr(node, "resting")
+    curvature = [node for node in jax.tree.leaves(state, is_leaf=says) if says(node)]
+    ids = lambda tree: {id(leaf) for leaf in jax.tree.leaves(tree)}
+    matrices, resting = ids(curvature), ids([node.resting for node in curvature])
 
     def place(path: Sequence[Any], leaf: Any) -> NamedSharding:
-        spec = _spec_of_copy(path, leaf.shape, owners)
-        if spec is None:
-            divided = id(leaf) in resting or (keep == "own" and leaf.ndim > 2)
-            spec = _spread(leaf.shape, mesh) if divided else PartitionSpec()
-        return NamedSharding(mesh, spec)
+        spec = None
+        if id(leaf) not in matrices:
+            spec = _spec_of_copy(path, leaf.shape, owners)
+        elif leaf.ndim > 1 and (keep == "own" or id(leaf) in resting):
+            spec = _spread(leaf.shape, mesh)
+        return NamedSharding(mesh, PartitionSpec() if spec is None else spec)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -102,11 +106,3 @@ def _spread(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
             names[fits] += (name,)
             left[fits] //= size
     return PartitionSpec(*(own or None for own in names))
-
-
-def _resting(state: Any) -> Iterator[Any]:
-    """What only refreshes read, as the parts of a state say."""
-    has = lambda node: hasattr(node, "resting")
-    for node in jax.tree.leaves(state, is_leaf=has):
-        if has(node):
-            yield node.resting

@@ -97,6 +97,7 @@ class FirstOrder(Training):
 
         params = jax.jit(model.init)(jax.random.key(0))
         super().__init__(step, params, optimizer.init(params), (batch,))
+        self.optimizer = optimizer
         self.lower = lambda: step.lower(self.params, self.state, *self.rest)
 
 

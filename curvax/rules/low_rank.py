@@ -30,6 +30,11 @@ class LowRankSide(NamedTuple):
     root: RootState
     outside: Float[Array, " stack"]
 
+    @property
+    def resting(self) -> Any:
+        """What only refreshes read."""
+        return self.sketch
+
     def measured(self, stack: Array, dim: int, decay: Array, weight: Array) -> "LowRankSide":
         """After a gradient, by two products with Q."""
         product = sketched(stack, cast(Array, self.factor.basis), dim)

@@ -33,6 +33,11 @@ class SubspaceSide(NamedTuple):
     age: Int[Array, " stack"]
     failures: Int[Array, " stack"]
 
+    @property
+    def resting(self) -> Any:
+        """What only refreshes read."""
+        return self.sketch
+
 
 class Mixed(NamedTuple):
     """A side with its basis anew, and of each new coordinate the squares of its cosines with the
