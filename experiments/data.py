@@ -501,6 +501,7 @@ def batches(
     epochs: int | None = None,
     steps: int | None = None,
     start: int = 0,
+    rows: slice = slice(None),
 ) -> Iterator[Arrays]:
     """Shuffled batches, the same for the same seed, whatever step one starts from.
 
@@ -515,6 +516,7 @@ def batches(
         steps: Stop before this step, counted from step 0. With neither, go on for ever.
         start: The number of the first step to give: `batches(..., start=k)` gives what
             `batches(...)` gives from its k-th step on.
+        rows: Of each batch give only these, for one process of several.
     """
     sizes = {len(array) for array in arrays}
     if len(sizes) != 1:
@@ -528,11 +530,17 @@ def batches(
         raise ValueError("Give epochs or steps, not both.")
     per_epoch = size // batch_size
     stop = steps if epochs is None else epochs * per_epoch
-    return _batches(arrays, batch_size, per_epoch, seed, start, stop)
+    return _batches(arrays, batch_size, per_epoch, seed, start, stop, rows)
 
 
 def _batches(
-    arrays: Arrays, batch_size: int, per_epoch: int, seed: int, start: int, stop: int | None
+    arrays: Arrays,
+    batch_size: int,
+    per_epoch: int,
+    seed: int,
+    start: int,
+    stop: int | None,
+    rows: slice,
 ) -> Iterator[Arrays]:
     order, shuffled = np.empty(0, np.int64), None
     for step in itertools.count(start):
@@ -542,5 +550,5 @@ def _batches(
         if epoch != shuffled:
             order = np.random.default_rng([seed, epoch]).permutation(len(arrays[0]))
             shuffled = epoch
-        chosen = order[within * batch_size : (within + 1) * batch_size]
+        chosen = order[within * batch_size : (within + 1) * batch_size][rows]
         yield tuple(array[chosen] for array in arrays)
