@@ -6,17 +6,21 @@ other; elsewhere each is told where the first one listens, how many there are, a
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
+import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -72,8 +76,16 @@ def parser() -> argparse.ArgumentParser:
         help="devices along each of data, fsdp, tensor, such as data=4,tensor=2 (default: all of "
         "them along data)",
     )
-    add("--method", choices=tuple(RECIPES), default="kfac", help="default: %(default)s")
-    add("--learning-rate", type=float, help="the peak (default: the middle of the method's grid)")
+    add(
+        "--methods",
+        "--method",
+        nargs="+",
+        choices=tuple(RECIPES),
+        default=["kfac"],
+        metavar="NAME",
+        help=f"one after the other, any of {', '.join(RECIPES)} (default: kfac)",
+    )
+    add("--learning-rate", type=float, help="the peak (default: the middle of a method's grid)")
     add("--steps", type=int, default=400, help="default: %(default)s")
     add("--batch", type=int, default=256, help="examples in all processes (default: %(default)s)")
     add("--seed", type=int, default=0, help="of model, batches and method (default: %(default)s)")
@@ -83,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
         default=Path("results/distributed.jsonl"),
         help="a line for each step, written by process 0 (default: %(default)s)",
     )
+    add("--float64", action="store_true", help="curves then agree to rounding on any mesh")
     add("--smoke", action="store_true", help="on a part of the data")
     return cli
 
@@ -106,18 +119,54 @@ def connect(
         processes, process = (processes or found[0], found[1] if process is None else process)
     if processes is not None and process is not None and not 0 <= process < processes:
         raise Unusable(f"--process {process}: wanted 0 to {processes - 1}, of --processes.")
+    if coordinator is not None:
+        _check_port(coordinator, process)
+    where = coordinator or "the address that the launcher gives"
+    missing = (
+        f"the processes did not meet within {timeout} seconds at {where}. Check that all of them "
+        "were started (in a job of SLURM by srun) with the same --coordinator and --processes, "
+        "that process 0 runs on that host, and that no firewall closes the port; with "
+        "--coordinator host:port the place is yours to choose, with --timeout the patience."
+    )
+    # JAX aborts the process when its own time is up, with a stack trace for a message.
+    watch = threading.Timer(timeout, _give_up, (missing,))
+    watch.daemon = True
+    watch.start()
     try:
-        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=timeout)
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=timeout + 60
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        where = coordinator or "the address that the launcher gives"
         raise Unusable(
-            f"the processes did not meet within {timeout} seconds at {where}. Check that all of "
-            "them were started (in a job of SLURM by srun) with the same --coordinator and "
-            "--processes, that process 0 runs on that host, that the port is free there, and that "
-            "no firewall is in between; --coordinator host:port names another. JAX says: "
-            f"{reason}"
+            f"could not start at {where}: {reason}. Where nothing was detected, pass "
+            "--coordinator host:port."
         ) from error
+    finally:
+        watch.cancel()
+
+
+def _check_port(coordinator: str, process: int | None) -> None:
+    """Whether the first process can listen there: JAX itself would crash."""
+    port = coordinator.rpartition(":")[2]
+    if not port.isdecimal():
+        raise Unusable(f"--coordinator {coordinator}: wanted host:port, such as localhost:12345.")
+    if process != 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            raise Unusable(
+                f"--coordinator {coordinator}: process 0 cannot listen at port {port} "
+                f"({error.strerror}); take another one."
+            ) from error
+
+
+def _give_up(why: str) -> None:
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _launched() -> tuple[int, int] | None:
@@ -201,18 +250,22 @@ def own_rows(sharding: NamedSharding, batch: int) -> slice:
     return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
-def losses(args: argparse.Namespace, task: Task, mesh: Mesh) -> Iterator[float]:
+def losses(args: argparse.Namespace, method: str, task: Task, mesh: Mesh) -> Iterator[float]:
     """The loss of each step's batch before the step, the same in all processes."""
     spread = batch_sharding(mesh, args.batch)
-    recipe = RECIPES[args.method]
+    recipe = RECIPES[method]
     trainer = recipe.build(Setting(task.objective, axes=task.axes))
     rate = args.learning_rate or recipe.learning_rates[len(recipe.learning_rates) // 2]
     key = jax.random.key(args.seed)
 
+    def init(key: PRNGKeyArray) -> PyTree[Any]:
+        model = task.init(key)
+        return jax.tree.map(_double, model) if args.float64 else model
+
     # Made where it is to be: no process holds the whole of what is split.
-    shapes = jax.eval_shape(task.init, key)
+    shapes = jax.eval_shape(init, key)
     weights = parameter_shardings(mesh, shapes)
-    model = jax.jit(task.init, out_shardings=weights)(key)
+    model = jax.jit(init, out_shardings=weights)(key)
     start = lambda model: trainer.init(model, rate, args.steps)
     places = state_shardings(mesh, jax.eval_shape(start, shapes), shapes, weights)
     state = jax.jit(start, out_shardings=places)(model)
@@ -228,32 +281,47 @@ def losses(args: argparse.Namespace, task: Task, mesh: Mesh) -> Iterator[float]:
         yield float(told.value)
 
 
-def train(args: argparse.Namespace) -> None:
-    """The run. Process 0 shows how far it is, and writes."""
-    console = Console(quiet=jax.process_index() > 0)
+def _double(array: Any) -> Any:
+    return array.astype(np.float64) if array.dtype == np.float32 else array
+
+
+def prepare(args: argparse.Namespace) -> tuple[Task, Mesh]:
+    """The data and the mesh that flags ask for. **Raises** `Unusable` if they do not fit."""
     dataset = load("fashion-mnist")
-    task = Task(a_part(dataset) if args.smoke else dataset, "mlp")
+    if args.smoke:
+        dataset = a_part(dataset)
+    if args.float64:
+        jax.config.update("jax_enable_x64", True)
+        dataset = dataclasses.replace(dataset, train=tuple(map(_double, dataset.train)))
+    task, mesh = Task(dataset, "mlp"), make_mesh(args.mesh)
     size = len(task.train[0])
     if not 1 <= args.batch <= size:
         raise Unusable(f"--batch {args.batch}: wanted 1 to {size}, the examples there are.")
-    unfit = RECIPES[args.method].unfit(task.size(args.batch))
-    if unfit is not None:
-        raise Unusable(f"--method {args.method}: {unfit}.")
-    mesh = make_mesh(args.mesh)
+    batch_sharding(mesh, args.batch)
+    for method in args.methods:
+        unfit = RECIPES[method].unfit(task.size(args.batch))
+        if unfit is not None:
+            raise Unusable(f"--method {method}: {unfit}.")
+    return task, mesh
+
+
+def train(args: argparse.Namespace, console: Console, first: bool) -> None:
+    """The runs. The first process shows how far they are, and writes."""
+    task, mesh = prepare(args)
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     console.print(
-        f"{args.method} in {jax.process_count()} processes on {jax.device_count()} × "
-        f"{jax.devices()[0].device_kind}: {shape}",
+        f"{jax.process_count()} processes, {jax.device_count()} × {jax.devices()[0].device_kind}: "
+        f"{shape}",
         highlight=False,
     )
-    made, first = losses(args, task, mesh), jax.process_index() == 0
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, _lines(args.out, first) as file:
-        bar = progress.add_task("compiling", total=args.steps)
-        for step, loss in enumerate(made):
-            file.write(json.dumps({"step": step, "loss": loss}) + "\n")
-            file.flush()
-            progress.update(bar, advance=1, description=f"loss {loss:.4g}")
+        for method in args.methods:
+            bar = progress.add_task(f"{method}: compiling", total=args.steps)
+            for step, loss in enumerate(losses(args, method, task, mesh)):
+                file.write(json.dumps({"method": method, "step": step, "loss": loss}) + "\n")
+                file.flush()
+                progress.update(bar, advance=1, description=f"{method}: loss {loss:.4g}")
     console.print(f"written: {args.out}", highlight=False, soft_wrap=True)
 
 
@@ -269,7 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         connect(args.coordinator, args.processes, args.process, args.timeout)
-        train(args)
+        first = jax.process_index() == 0
+        train(args, Console(quiet=not first), first)
     except (Unusable, DataUnavailable, DataCorrupted, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
