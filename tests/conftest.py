@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("curvax")
 
 # Optax's schedules divide an integer count by a float, and its Adam, which some methods have for
 # what is no matrix, takes powers of one.
-MIXES_DTYPES = {"test_battery", "test_experiment_methods", "test_quickstart"}
+MIXES_DTYPES = {"test_battery", "test_experiment_methods", "test_quickstart", "test_soak"}
 
 
 @pytest.fixture(autouse=True, scope="module")
