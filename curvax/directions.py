@@ -223,7 +223,7 @@ def _value_after(observation: Observation, direction: Params) -> Scalar:
     """The objective on the batch of the gradient, after a step of length 1 against a direction."""
     full = fill_masked(direction, _tree.structure(observation.params))
     moved = _tree.sub(observation.params, full)
-    return observation.objective.value(moved, observation.batch, observation.key)
+    return observation.value_at(moved)
 
 
 def _shorten(solution: Params, radius: Scalar) -> Params:

@@ -173,7 +173,11 @@ class Objective(eqx.Module):
 
     def without_l2(self) -> "Objective":
         """The same objective with no l2 term."""
-        return self._with(l2=0.0)
+        return self.scaled_l2(0.0)
+
+    def scaled_l2(self, factor: float) -> "Objective":
+        """The same objective with so many times its l2 term."""
+        return self._with(l2=factor * self.l2)
 
     def _with_static(self, static: PyTree[Any]) -> "Objective":
         if jax.tree.leaves(self.static):

@@ -13,11 +13,13 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from curvax import _tree
 from curvax._binding import binding
+from curvax._checks import check_count
 from curvax._ownership import working_on
 from curvax._sharding import explicit, on_mesh_of, plain
 from curvax.batch import Batch
 from curvax.objective import Params
 from curvax.plan import GainRatio, Observation
+from curvax.plan.parts import value_in_parts
 from curvax.plan.plan import Due
 from curvax.transform import (
     Method,
@@ -55,12 +57,14 @@ class Step:
         optimizer: optax.GradientTransformation | optax.MultiSteps,
         method: Method,
         donate: bool = False,
+        micro_batches: int = 1,
     ):
         # `optax.MultiSteps` is no GradientTransformation, and takes extra arguments as it is.
         plain = isinstance(optimizer, optax.GradientTransformation)
         self.optimizer: Any = optax.with_extra_args_support(optimizer) if plain else optimizer
         self.method = method
         self._donates = donate
+        self._micro_batches = micro_batches
         # Plain `jit`, with what is no array in the model as a static argument: on a small model
         # the host's share of a step counts.
         self._compiled = jax.jit(
@@ -185,13 +189,14 @@ class Step:
             phase=phase,
             curvature_batch=curvature_batch,
             judged_later=True,
+            micro_batches=self._micro_batches,
         )
         params, objective = observation.params, observation.objective
 
         # Line searches of Optax refuse extra arguments that the function does not name.
         def value_fn(at: Params, observation: Any = None, key: PRNGKeyArray | None = key) -> Array:
             del observation
-            return objective.value(at, batch, key)
+            return value_in_parts(objective, at, batch, key, self._micro_batches)
 
         updates, inner = self.optimizer.update(
             observation.gradient,
@@ -275,6 +280,7 @@ def make_step(
     method: Method,
     *,
     donate: bool = False,
+    micro_batches: int = 1,
 ) -> Step:
     """A fused training step for an Optax optimizer that contains a method of curvax.
 
@@ -285,6 +291,12 @@ def make_step(
     - `method`: the method inside it, which says what a step must observe.
     - `donate`: let a call reuse the memory of the model and the state that it is given; they
       cannot be used afterwards.
+    - `micro_batches`: take each batch in so many equal parts, one after the other, and the memory
+      of one part: value, gradient and statistics are summed, and a product with a curvature
+      operator visits all parts. The step is that of the whole batch, but for random draws and for
+      what is estimated from a sample of the examples (see
+      [Accumulation](../concepts.md#accumulation)). Methods that look at the examples of a batch
+      side by side (EGN, MinSR, SPRING, IGND) take only 1.
 
     A step whose loss, gradient or update is not finite is skipped: model and every buffer of the
     optimizer stay as they were, and `state.skipped` counts it.
@@ -294,7 +306,8 @@ def make_step(
             f"method: got a {type(method).__name__}, wanted a method of curvax (such as "
             "curvax.methods.ggn_cg(...)); give the whole chain as `optimizer`."
         )
-    return Step(optimizer, method, donate)
+    check_count("micro_batches", micro_batches)
+    return Step(optimizer, method, donate, micro_batches)
 
 
 def _updated(state: StepState, changed: list[Array | None]) -> StepState:

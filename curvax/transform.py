@@ -251,7 +251,7 @@ def gain_ratio(
     """
     full_step = fill_masked(step, _tree.structure(observation.params))
     moved = _tree.add(observation.params, full_step)
-    trial = observation.objective.value(moved, observation.batch, observation.key)
+    trial = observation.value_at(moved)
     slope, curvature = _tree.dot(gradient, step), quadratic_form(operator, step)
     dtype = _tree.accumulation_dtype(trial.dtype, slope.dtype, curvature.dtype)
     actual = observation.value.astype(dtype) - trial.astype(dtype)

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -99,8 +100,8 @@ def readings(
 def grown(found: Sequence[Reading], tolerance: int) -> list[str]:
     """What grew after the first reading, in words; resident bytes by more than `tolerance`.
 
-    The pages of a process come and go: the least of the first half is held against the least of
-    the second.
+    The pages of a process come and go: the median of the first half is held against that of the
+    second.
     """
     first, last, half = found[0], found[-1], len(found) // 2
     said = []
@@ -109,7 +110,9 @@ def grown(found: Sequence[Reading], tolerance: int) -> list[str]:
     if last.count > first.count or last.arrays > first.arrays:
         more = last.arrays - first.arrays
         said.append(f"{last.count - first.count} arrays more, {more} bytes, than at {first.step}")
-    before, after = (min(r.resident for r in part) for part in (found[:half], found[half:]))
+    before, after = (
+        statistics.median(r.resident for r in part) for part in (found[:half], found[half:])
+    )
     if after - before > tolerance:
         said.append(f"{(after - before) / _MIB:.1f} MiB more in the second half of the run")
     return said

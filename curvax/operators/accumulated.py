@@ -1,7 +1,8 @@
 """Curvature over more data than one batch holds at once."""
 
+import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
@@ -14,7 +15,7 @@ from curvax._convolution import loop_safe
 from curvax.batch import Batch, share
 from curvax.objective import Objective, Params
 from curvax.operators.algebra import Scaled, Sum
-from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator
+from curvax.operators.base import AbstractOperator
 from curvax.operators.curvature import AbstractCurvature, AbstractOutputCurvature
 
 
@@ -77,7 +78,7 @@ def accumulate_stacked(
     weights = jax.lax.map(lambda batch: _weight(objective, params, batch, key), batches)
     total = jnp.sum(weights)
     shares = share(weights, total) if objective.reduction == "mean" else jnp.ones_like(weights)
-    scanned = Scanned(operator, bare, params, batches, keys, shares, tuple(options.items()))
+    scanned = Scanned(bare, params, batches, keys, shares, operator, tuple(options.items()))
     return _with_l2(objective, params, [scanned])
 
 
@@ -96,15 +97,15 @@ def _weight(objective: Objective, params: Params, batch: Batch, key: PRNGKeyArra
     return objective.total_weight(batch, values)
 
 
-class Scanned(AbstractSymmetricOperator):
+class Scanned(AbstractCurvature):
     """Σ_i share_i · A_i over a stack of micro-batches, as one scan."""
 
-    operator: type[AbstractCurvature] = eqx.field(static=True)
     objective: Objective
     params: Params
-    batches: Batch
-    keys: Array | None  # one for each micro-batch
+    batch: Batch  # a stack of micro-batches
+    key: Array | None  # one for each
     shares: Array
+    operator: type[AbstractCurvature] = eqx.field(static=True)
     options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
 
     def mv(self, vector: PyTree[Array]) -> PyTree[Array]:
@@ -113,12 +114,24 @@ class Scanned(AbstractSymmetricOperator):
             part = self.operator(self.objective, self.params, batch, key=key, **dict(self.options))
             return _tree.add_scaled(total, portion, part.mv(vector)), None
 
-        xs = (self.batches, self.keys, self.shares)
-        return jax.lax.scan(loop_safe(add), _tree.zeros_like(vector), xs)[0]
+        xs = (self.batch, self.key, self.shares)
+        zeros = _tree.zeros_like(_tree.widened(vector))
+        return _tree.cast(jax.lax.scan(loop_safe(add), zeros, xs)[0], vector)
 
     @property
     def positive_semidefinite(self) -> bool:
         return issubclass(self.operator, AbstractOutputCurvature)
 
-    def in_structure(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return _tree.structure(self.params)
+    def linearise(self) -> "Scanned":
+        return self  # what would be kept is what no memory is there for
+
+    def restrict(self, template: PyTree[Any]) -> "Scanned":
+        params, objective = self.objective.restrict(self.params, template)
+        return dataclasses.replace(self, objective=objective, params=params)
+
+    def linearised(self) -> NoReturn:
+        """**Raises** `ValueError`: rows are those of a whole batch."""
+        raise ValueError(
+            "micro_batches: got more than one, wanted 1: this method looks at the examples of the "
+            "whole batch side by side."
+        )

@@ -4,14 +4,16 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, Scalar
 
+from curvax import _tree
 from curvax._checks import check_count
 from curvax._masked import is_masked
 from curvax.batch import Batch
 from curvax.objective import Objective, Params
 from curvax.plan.quantities import AbstractQuantity, Scope
 from curvax.taps.blocks import Block, KroneckerBlock, find_blocks, input_side
+from curvax.taps.moments import BlockMoments as Sides
 from curvax.taps.moments import FisherKind, Moments, collect_moments, tapped_pass
 from curvax.taps.statistics import Sharing
 from curvax.taps.wishes import Parts, Rank, as_parts, as_rank
@@ -103,6 +105,20 @@ class BlockMoments(AbstractQuantity):
     @property
     def from_start(self) -> bool:
         return not self.rotated
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    def weighed(self, value: Moments, portion: Scalar, fraction: Scalar) -> Moments:
+        def one(each: Any) -> Any:
+            scaled = _tree.scale(portion, each)
+            if not isinstance(each, Sides):
+                return scaled
+            # The one side is a mean; the other carries the scale of the objective.
+            return scaled._replace(input=_tree.scale(fraction, each.input))
+
+        return {path: one(each) for path, each in value.items()}
 
     def mine(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
         """The blocks of this slot."""

@@ -18,6 +18,7 @@ from curvax import _tree
 from curvax._convolution import loop_safe
 from curvax.batch import Batch
 from curvax.objective import Objective, Params
+from curvax.plan.parts import PartsScope, value_in_parts
 from curvax.plan.quantities import AbstractQuantity, GainRatio, Scope
 
 Due = bool | Bool[Array, ""]
@@ -58,9 +59,15 @@ class Observation(eqx.Module):
     curvature_on_batch: bool = eqx.field(static=True)
     judged_later: bool = eqx.field(static=True)
     """Whether the finished step, not the method, measures the gain ratio."""
+    micro_batches: int = eqx.field(static=True, default=1)
 
     def __getitem__(self, quantity: AbstractQuantity) -> Any:
         return self.values[self._index(quantity)]
+
+    def value_at(self, params: Params) -> Scalar:
+        """The objective at other parameters, on the same batch with the same key."""
+        count = self.micro_batches
+        return value_in_parts(self.objective, params, self.batch, self.key, count)
 
     def due(self, quantity: AbstractQuantity) -> Due:
         return self.dues[self._index(quantity)]
@@ -135,10 +142,12 @@ class Plan(eqx.Module):
         curvature_batch: Batch | None = None,
         judged_later: bool = False,
         bases: Callable[[bool], Any] | None = None,
+        micro_batches: int = 1,
     ) -> Observation:
         """Computes value, gradient and what is due. A pure function; call it inside `jit`.
 
-        `bases` gives what a state holds to the quantities that are measured in it.
+        `bases` gives what a state holds to the quantities that are measured in it. With
+        `micro_batches`, batches are taken in so many parts, one after the other.
 
         **Raises** `ValueError` for a missing key, and for a batch that does not fit.
         """
@@ -150,18 +159,27 @@ class Plan(eqx.Module):
                     f"{', '.join(entry.wanted_by)}) draws random numbers: pass "
                     "key=jax.random.key(...), a new one each step."
                 )
-        from_hessian = curvature_batch is None and any(
-            entry.quantity.from_hessian and due is True
-            for entry, due in zip(self.entries, phase, strict=True)
+        due_now = tuple(
+            entry.quantity for entry, due in zip(self.entries, phase, strict=True) if due is True
         )
-        taps = tuple(
-            entry.quantity
-            for entry, due in zip(self.entries, phase, strict=True)
-            if due is True and entry.quantity.tapped
-        )
-        scope = Scope(
-            objective, params, batch, key, curvature_batch, from_hessian, taps=taps, bases=bases
-        )
+        if micro_batches > 1:
+            together = tuple(quantity for quantity in due_now if quantity.additive)
+            scope: Scope = PartsScope(
+                objective,
+                params,
+                batch,
+                key,
+                curvature_batch,
+                count=micro_batches,
+                bases=bases,
+                together=together,
+            )
+        else:
+            from_hessian = curvature_batch is None and any(q.from_hessian for q in due_now)
+            taps = tuple(quantity for quantity in due_now if quantity.tapped)
+            scope = Scope(
+                objective, params, batch, key, curvature_batch, from_hessian, taps=taps, bases=bases
+            )
         # Touched first: a branch below may read these, but must not be the first to make them.
         value, gradient = scope.value, scope.gradient
         values = tuple(
@@ -180,6 +198,7 @@ class Plan(eqx.Module):
             tuple(entry.quantity for entry in self.entries),
             curvature_batch is None,
             judged_later,
+            micro_batches,
         )
 
 
@@ -187,9 +206,9 @@ def _compute(quantity: AbstractQuantity, due: Due, scope: Scope) -> PyTree[Array
     if isinstance(quantity, GainRatio):
         return None
     if due is True:
-        return quantity.compute(scope)
+        return scope.provide(quantity)
     if due is False:
         return None
-    compute = loop_safe(lambda: quantity.compute(scope.inside_branch()))
+    compute = loop_safe(lambda: scope.inside_branch().provide(quantity))
     absent = lambda: _tree.zeros_like(jax.eval_shape(compute))
     return jax.lax.cond(due, compute, absent)

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree, Scalar
 
+from curvax import _tree
 from curvax._checks import check_count
 from curvax.batch import Batch
 from curvax.estimators import gauss_newton_bartlett, hutchinson_diagonal
@@ -106,6 +107,18 @@ class Scope:
             return self.objective.add_l2(self._gradient_taps.pulled[0], self.params)
         return self.objective.gradient_of(self.linearisation)
 
+    def provide(self, quantity: "AbstractQuantity") -> PyTree[Array]:
+        """The value of a quantity."""
+        return quantity.compute(self)
+
+    def operator(self, of: type[AbstractCurvature], /, **options: Any) -> AbstractCurvature:
+        """A curvature operator on the batch of this scope, linearised."""
+        if issubclass(of, Hessian):
+            options["tangent"] = self.hessian[1]
+        else:
+            options["linearisation"] = self.linearisation
+        return of(self.objective, self.params, self.batch, self.key, **options)
+
     def inside_branch(self) -> "Scope":
         """A scope for a branch of `lax.cond`: it may read what is there, but what it adds must
         not leak out of the branch.
@@ -164,6 +177,18 @@ class AbstractQuantity(eqx.Module):
         """Whether it is due on the very first step, too, whatever its offset."""
         return False
 
+    @property
+    def additive(self) -> bool:
+        """Whether its value on a batch is the sum of its values on parts of it, as `weighed`."""
+        return False
+
+    def weighed(self, value: PyTree[Array], portion: Scalar, fraction: Scalar) -> PyTree[Array]:
+        """What a part of a batch adds, of which the objective counts `portion` times, and which has
+        this `fraction` of all weight.
+        """
+        del fraction
+        return _tree.scale(portion, value)
+
     @abc.abstractmethod
     def compute(self, scope: Scope) -> PyTree[Array]:
         """Its value, from the intermediates of the scope."""
@@ -183,9 +208,8 @@ class GaussNewtonCurvature(AbstractCurvatureQuantity):
     def label(self) -> str:
         return "Gauss-Newton operator"
 
-    def compute(self, scope: Scope) -> GaussNewton:
-        at = scope.curvature
-        return GaussNewton(at.objective, at.params, at.batch, at.key, at.linearisation)
+    def compute(self, scope: Scope) -> AbstractCurvature:
+        return scope.curvature.operator(GaussNewton)
 
 
 class FisherCurvature(AbstractCurvatureQuantity):
@@ -202,17 +226,8 @@ class FisherCurvature(AbstractCurvatureQuantity):
     def random(self) -> bool:
         return self.kind == "mc"
 
-    def compute(self, scope: Scope) -> Fisher:
-        at = scope.curvature
-        return Fisher(
-            at.objective,
-            at.params,
-            at.batch,
-            at.key,
-            kind=self.kind,
-            samples=self.samples,
-            linearisation=at.linearisation,
-        )
+    def compute(self, scope: Scope) -> AbstractCurvature:
+        return scope.curvature.operator(Fisher, kind=self.kind, samples=self.samples)
 
 
 class HessianCurvature(AbstractCurvatureQuantity):
@@ -226,9 +241,8 @@ class HessianCurvature(AbstractCurvatureQuantity):
     def from_hessian(self) -> bool:
         return True
 
-    def compute(self, scope: Scope) -> Hessian:
-        at = scope.curvature
-        return Hessian(at.objective, at.params, at.batch, at.key, at.hessian[1])
+    def compute(self, scope: Scope) -> AbstractCurvature:
+        return scope.curvature.operator(Hessian)
 
 
 class BartlettDiagonal(AbstractQuantity):
@@ -240,6 +254,10 @@ class BartlettDiagonal(AbstractQuantity):
 
     @property
     def random(self) -> bool:
+        return True
+
+    @property
+    def additive(self) -> bool:
         return True
 
     def compute(self, scope: Scope) -> Params:
@@ -264,6 +282,10 @@ class FisherDiagonal(AbstractQuantity):
     @property
     def random(self) -> bool:
         return self.kind == "mc"
+
+    @property
+    def additive(self) -> bool:
+        return True
 
     def compute(self, scope: Scope) -> Params:
         return FisherCurvature(self.kind, self.samples).compute(scope).diagonal()

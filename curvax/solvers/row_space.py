@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from curvax import _tree
 from curvax._sharding import whole
 from curvax.objective import Params
+from curvax.operators.accumulated import Scanned
 from curvax.operators.algebra import Damped
 from curvax.operators.base import AbstractSymmetricOperator
 from curvax.operators.curvature import AbstractOutputCurvature
@@ -91,6 +92,11 @@ class OutputRowFactor(AbstractRowFactor):
 @row_factor.register
 def _(operator: AbstractOutputCurvature) -> AbstractRowFactor:
     return OutputRowFactor(operator.linearise())
+
+
+@row_factor.register
+def _(operator: Scanned) -> AbstractRowFactor:
+    return operator.linearised()
 
 
 class RowGram(AbstractSymmetricOperator):
