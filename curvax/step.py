@@ -295,7 +295,7 @@ def make_step(
       of one part: value, gradient and statistics are summed, and a product with a curvature
       operator visits all parts. The step is that of the whole batch, but for random draws and for
       what is estimated from a sample of the examples (see
-      [Accumulation](../concepts.md#accumulation)). Methods that look at the examples of a batch
+      Accumulation in the page on concepts). Methods that look at the examples of a batch
       side by side (EGN, MinSR, SPRING, IGND) take only 1.
 
     A step whose loss, gradient or update is not finite is skipped: model and every buffer of the
