@@ -27,14 +27,17 @@ def gram(a: Basis, b: Basis) -> Float[Array, "k m"]:
     dtype = _tree.accumulation_dtype(*(leaf.dtype for leaf in leaves_a + leaves_b))
     total = jnp.zeros((leaves_a[0].shape[0], leaves_b[0].shape[0]), dtype)
     for x, y in zip(leaves_a, leaves_b, strict=True):
-        axes = tuple(range(1, x.ndim))
-        total = total + jax.lax.dot_general(
+        # Over the last two axes, then the others: XLA (jaxlib 0.10.2, 0.11.2) makes wrong numbers
+        # of a contraction of three axes that two meshes' axes share otherwise in x than in y.
+        axes, others = tuple(range(1, x.ndim))[-2:], tuple(range(1, x.ndim))[:-2]
+        product = jax.lax.dot_general(
             x.astype(dtype),
             y.astype(dtype),
-            ((axes, axes), ((), ())),
+            ((axes, axes), (others, others)),
             precision=_HIGHEST,
-            out_sharding=_spread(x, None, None),
+            out_sharding=_spread(x, *_spec(x)[1:-2], None, None),
         )
+        total = total + jnp.sum(product, axis=tuple(range(len(others))))
     return total
 
 
