@@ -52,7 +52,7 @@ CASES = [
     for name in METHODS
 ]
 CASES += [(name, ODD, BOTH) for name in ("kfac at low rank", "ggn_cg")]
-CASES += [(name, attention_problem, BOTH) for name in ("kfac", "ekfac", "ggn_cg")]
+CASES += [(name, attention_problem, BOTH) for name in ("kfac", "ggn_cg")]
 CASES += [("kfac", convolution_problem, BOTH)]
 
 
