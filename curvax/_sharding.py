@@ -1,10 +1,11 @@
-"""Meshes with Explicit axes, where how an array is sharded is part of its type."""
+"""Where arrays are on a mesh; with Explicit axes that is part of their types."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -61,7 +62,7 @@ def on_mesh_of(params: Any, state: Any) -> Any:
 
 
 def _placed(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
 
 
 @functools.cache
