@@ -48,7 +48,7 @@ def scan_sizes(eqn: Any, body: Any) -> tuple[int, int]:
     return same - carry, carry
 
 
-def bind(eqn: Any, inputs: Sequence[Any]) -> list[Array]:
+def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """The outputs of one equation, under the mesh (of Explicit or of Auto axes) that it was traced
     under.
     """

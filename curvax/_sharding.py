@@ -29,7 +29,7 @@ def compiler_sharded(function: Callable[..., Any], like: Any, *args: Any) -> Any
     return jax.sharding.auto_axes(function, out_sharding=wanted)(*args)
 
 
-def sharded_as(array: jax.Array, like: Any) -> jax.Array:
+def sharded_as(array: Any, like: Any) -> Any:
     """An array where another is, if that is part of the type of the other."""
     sharding = explicit(like)
     if sharding is None or sharding == explicit(array):
@@ -37,7 +37,7 @@ def sharded_as(array: jax.Array, like: Any) -> jax.Array:
     return jax.sharding.reshard(array, sharding)
 
 
-def whole(array: jax.Array) -> jax.Array:
+def whole(array: Any) -> Any:
     """A copy of all of an array on each device, where it lives on an Explicit mesh."""
     sharding = explicit(array)
     if sharding is None:

@@ -22,7 +22,7 @@ def printed(program: str, devices: int = 4) -> list[str]:
         | threads
         | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)},
         cwd=_ROOT,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()
