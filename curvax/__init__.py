@@ -6,6 +6,7 @@ Operators are Equinox modules and lineax linear operators; methods are Optax tra
 from curvax import methods as methods
 from curvax.blockwise import AbstractBlockPreconditioner as AbstractBlockPreconditioner
 from curvax.blockwise import precondition as precondition
+from curvax.checkpoints import Checkpoints as Checkpoints
 from curvax.damping import AbstractDamping as AbstractDamping
 from curvax.damping import AbstractFactorDamping as AbstractFactorDamping
 from curvax.damping import Constant as Constant
