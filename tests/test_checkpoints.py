@@ -1,0 +1,402 @@
+"""A run goes on from its checkpoint bit for bit, wherever it was killed; no other one is taken."""
+
+import functools
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import curvax as cx
+from curvax import checkpoints as module
+from tests import killed
+from tests.devices import printed
+from tests.problems import predict, problem
+
+ocp = pytest.importorskip("orbax.checkpoint")
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Triple(NamedTuple):
+    first: Any
+    second: Any
+    third: Any
+
+
+class Holder(eqx.Module):
+    array: jax.Array
+    width: int = eqx.field(static=True)
+
+
+def everything():
+    """One of each kind that a run may hold."""
+    return {
+        "model": eqx.nn.MLP(2, 3, 4, 1, key=jax.random.key(0)),
+        "nodes": (Pair(jnp.arange(3), None), optax.MaskedNode(), [], Holder(jnp.ones(2), 7)),
+        "plain": [3, 2**70, -0.0, float("nan"), float("inf"), True, "Kâr\n"],
+        "keys": (jax.random.split(jax.random.key(1), 2), jax.random.key(2, impl="rbg")),
+        "raw key": jax.random.PRNGKey(5),
+        "a/b.c": jnp.asarray([1.5, -0.0, jnp.nan], jnp.bfloat16),
+        "empty": jnp.zeros((2, 0)),
+        "weak": (jnp.asarray(0.1), jnp.full((2,), 3)),
+        "host": (np.arange(4, dtype=np.uint8), np.float32(0.1)),
+        "narrow": (jnp.ones(2, jnp.float32), jnp.asarray(True), jnp.int8(3), jnp.ones(2, complex)),
+    }
+
+
+def data(leaf):
+    typed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if typed else leaf
+
+
+def same(got, wanted):
+    """Equal to the last bit, of the same types, and as free to move."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert type(a) is type(b)
+        if isinstance(b, jax.Array):
+            assert jax.typeof(a) == jax.typeof(b)  # dtype, shape, weak type
+            assert a.committed == b.committed and a.sharding == b.sharding
+            assert np.asarray(data(a)).tobytes() == np.asarray(data(b)).tobytes()
+        elif isinstance(b, np.ndarray):
+            assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+        else:
+            assert a is b or repr(a) == repr(b)
+
+
+def written(folder, tree, step=1, **options):
+    with cx.Checkpoints(folder, **options) as checkpoints:
+        checkpoints.save(step, tree)
+    return tree
+
+
+# -- what comes back ---------------------------------------------------------------------------
+
+
+def test_all_that_a_tree_may_hold(tmp_path):
+    tree = written(tmp_path, everything())
+    other = jax.tree.map(lambda leaf: leaf + leaf if type(leaf) is int else leaf, everything())
+    with cx.Checkpoints(tmp_path) as checkpoints:
+        same(checkpoints.restore(other), tree)
+
+
+def test_structs_stand_for_arrays(tmp_path):
+    tree = written(tmp_path, {"key": jax.random.key(3), "w": jnp.ones((2, 3)), "at": 4})
+    mesh = jax.make_mesh((1,), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    got = cx.Checkpoints(tmp_path).restore(
+        {"key": jax.eval_shape(lambda: tree["key"]), "w": struct((2, 3), jnp.float64), "at": 0}
+    )
+    assert got["w"].sharding == sharding and got["w"].committed and not got["key"].committed
+    same({**got, "w": jnp.array(np.asarray(got["w"]))}, tree)
+
+
+def optimizers():
+    p = problem(seed=3)
+    objective = cx.Objective(predict, cx.SoftmaxCrossEntropy(), example=p.batch)
+    learned = cx.LevenbergMarquardt(1.0, every=2)
+    return p, {
+        "kfac": cx.methods.kfac(
+            objective, rank=2, refresh_every=4, stagger=2, damping=learned, fisher="mc"
+        ),
+        "ekfac": cx.methods.ekfac(objective, refresh_every=3),
+        "soap": cx.methods.soap(refresh_every=3),
+    }
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "soap"])
+def test_resumed_is_never_stopped(name, tmp_path):
+    """Between refreshes, with arrays donated at once, and nothing compiled again."""
+    p, methods = optimizers()
+    method = methods[name]
+    optimizer = optax.chain(method, optax.trace(0.5), optax.scale_by_learning_rate(0.1))
+    if isinstance(method, cx.Method):
+        step = cx.make_step(optimizer, method, donate=True)
+        init, compiled = step.init, step._compiled
+    else:
+        init = optimizer.init
+
+        def step(params, state, batch, key):
+            updates, state = optimizer.update(jax.grad(p.objective.value)(params, batch), state)
+            return optax.apply_updates(params, updates), state, key
+
+        step = compiled = jax.jit(step, donate_argnums=(0, 1))
+
+    def start(init=init):
+        params = jax.tree.map(jnp.array, p.params)
+        return {"params": params, "state": init(params), "key": jax.random.key(4), "position": 0}
+
+    def go(run, steps):
+        while run["position"] < steps:
+            i = run["position"]
+            use = jax.random.fold_in(run["key"], i)
+            params, state, _ = step(run["params"], run["state"], p.batch, use)
+            run = run | {"params": params, "state": state, "position": i + 1}
+        return run
+
+    checkpoints = cx.Checkpoints(tmp_path)
+    run = go(start(), 6)
+    checkpoints.save(6, run)
+    run = go(run, 9)
+    checkpoints.close()
+    count = compiled._cache_size()
+    like = start(lambda params: eqx.filter_eval_shape(init, params))
+    again = go(cx.Checkpoints(tmp_path).restore(like), 9)
+    assert compiled._cache_size() == count
+    leaves = zip(jax.tree.leaves(again), jax.tree.leaves(run), strict=True)
+    assert all(np.asarray(data(a)).tobytes() == np.asarray(data(b)).tobytes() for a, b in leaves)
+
+
+MESHES = """
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    import curvax as cx
+    from tests import killed
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+    shardings = lambda run: jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), run)
+
+    def spread(run, sizes, kind):
+        \"""As many axes of each array over a mesh as they can be split.\"""
+        mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(kind,) * 2)
+
+        def over(leaf):
+            if not isinstance(leaf, jax.Array):
+                return leaf
+            axes = zip(leaf.shape, sizes, mesh.axis_names)
+            spec = [name if length % size == 0 else None for length, size, name in axes]
+            return jax.device_put(leaf, NamedSharding(mesh, P(*spec)))
+
+        run = jax.tree.map(over, run)
+        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(run["state"]))
+        return run
+
+    def main(folder, sizes, until):
+        run, step = killed.start()
+        with cx.Checkpoints(folder) as checkpoints:
+            for kind in (AxisType.Explicit, AxisType.Auto) if checkpoints.latest() else ():
+                like = spread(run, sizes, kind)
+                found = checkpoints.restore(like)
+                assert shardings(found) == shardings(like)
+            run = found if checkpoints.latest() else spread(run, sizes, AxisType.Auto)
+            while run["position"] < until:
+                run = killed.advanced(run, step)
+            checkpoints.save(until, run)
+"""
+
+
+def test_other_meshes(tmp_path):
+    """From eight devices to four in another shape, and from either to one."""
+    folder = str(tmp_path)
+    printed(f"{MESHES}\n    main({folder!r}, (4, 2), 7)", devices=8)
+    printed(f"{MESHES}\n    main({folder!r}, (2, 2), 9)", devices=4)
+    run, step = killed.start()
+    whole = run
+    while whole["position"] < 9:
+        whole = killed.advanced(whole, step)
+    with cx.Checkpoints(folder) as checkpoints:
+        at_seven, at_nine = checkpoints.restore(run, 7), checkpoints.restore(run)
+    for got in (killed.advanced(killed.advanced(at_seven, step), step), at_nine):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+            if eqx.is_array_like(b):
+                np.testing.assert_allclose(data(a), data(b), rtol=1e-10, atol=1e-10)
+
+
+# -- the schema --------------------------------------------------------------------------------
+
+TREE = {"a": Pair(jnp.ones(3), jnp.ones((2, 2))), "model": eqx.nn.Linear(2, 3, key=jax.random.key(0))}
+OTHERS = {
+    "shape": (TREE | {"model": eqx.nn.Linear(2, 4, key=jax.random.key(0))},
+              r"\['model'\].weight is float64\[3, 2\] there, and float64\[4, 2\] in `like`"),
+    "dtype": (TREE | {"a": Pair(jnp.ones(3, jnp.float32), jnp.ones((2, 2)))},
+              r"\['a'\].first is float64\[3\] there, and float32\[3\] in"),
+    "field": (TREE | {"a": Triple(jnp.ones(3), jnp.ones((2, 2)), 0)},
+              r"\['a'\] is Pair there, and Triple in"),
+    "leaf": (TREE | {"b": 1}, r"\['b'\] is nothing there, and int in"),
+    "no leaf": ({"a": TREE["a"]}, r"\['model'\] is Linear there, and nothing in"),
+    "kind": (TREE | {"a": Pair(1.0, jnp.ones((2, 2)))}, r"\['a'\].first is float64\[3\] .* float in"),
+    "root": (jnp.ones(3), r"the root is dict there, and float64\[3\] in"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_first_difference_is_named(name, tmp_path):
+    written(tmp_path, TREE)
+    other, message = OTHERS[name]
+    with pytest.raises(ValueError, match=f"checkpoint {tmp_path}/1: got another tree.* {message}"):
+        cx.Checkpoints(tmp_path).restore(other)
+    same(cx.Checkpoints(tmp_path).restore(TREE), TREE)
+
+
+def test_field_of_a_state_that_is_new(tmp_path):
+    was, now = (
+        NamedTuple("State", [(name, Any) for name in names])  # pyright: ignore
+        for names in (("count", "trace"), ("count", "level", "trace"))
+    )
+    written(tmp_path, {"inner": was(jnp.ones(2), jnp.ones(2))})
+    with pytest.raises(ValueError, match=r"\['inner'\].level is nothing there, and float64\[3\] in"):
+        cx.Checkpoints(tmp_path).restore({"inner": now(jnp.ones(2), jnp.ones(3), jnp.ones(2))})
+
+
+def test_stacks_of_other_blocks(tmp_path):
+    """Layers of one shape are a stack: in another order its numbers would be those of others."""
+    p, methods = optimizers()
+    state = written(tmp_path, methods["ekfac"].init(p.params))
+    name, memory = next(iter(state.preconditioner.items()))
+    other = state._replace(
+        preconditioner=state.preconditioner | {name: memory.with_(parts=(("elsewhere", 1),))}
+    )
+    with pytest.raises(ValueError, match=r"is EigenMemory of .* × 1 there, and .* of elsewhere × 1"):
+        cx.Checkpoints(tmp_path).restore(other)
+
+
+def test_versions(tmp_path, monkeypatch):
+    tree = written(tmp_path, {"old": jnp.arange(4.0), "empty": jnp.zeros((0, 2)), "at": 3})
+    like = {"new": jnp.zeros(4), "empty": jnp.zeros((0, 2)), "more": jnp.zeros(()), "at": 0}
+    monkeypatch.setattr(module, "VERSION", 3)
+    with pytest.raises(ValueError, match=r"got version 1 .* of curvax 0.*no migration from 1\. Go on"):
+        cx.Checkpoints(tmp_path).restore(like)
+
+    def renamed(leaves):
+        return {"['new']" if path == "['old']" else path: x for path, x in leaves.items()}
+
+    with pytest.raises(ValueError, match="no migration from 2"):
+        cx.Checkpoints(tmp_path, migrations={1: renamed}).restore(like)
+    monkeypatch.setitem(module.MIGRATIONS, 2, lambda leaves: leaves | {"['more']": np.ones(())})
+    got = cx.Checkpoints(tmp_path, migrations={1: renamed}).restore(like)
+    same(got, {"new": tree["old"], "empty": tree["empty"], "more": jnp.ones(()), "at": 3})
+    with pytest.raises(ValueError, match=r"\['old'\] is float64\[4\] there, and nothing in"):
+        cx.Checkpoints(tmp_path, migrations={1: dict}).restore(like)
+    monkeypatch.setattr(module, "VERSION", 0)
+    with pytest.raises(ValueError, match="got version 1 .*wanted at most 0: install curvax"):
+        cx.Checkpoints(tmp_path).restore(like)
+
+
+def test_what_is_not_ours(tmp_path):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.StandardSave({"a": jnp.ones(2)}))
+    with pytest.raises(ValueError, match="got no schema"):
+        cx.Checkpoints(tmp_path).restore({"a": jnp.ones(2)})
+
+
+# -- what is wrong -----------------------------------------------------------------------------
+
+
+def test_arguments(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="keep: got 0"):
+        cx.Checkpoints(tmp_path, keep=0)
+    checkpoints = cx.Checkpoints(tmp_path / "none", keep=None)
+    assert checkpoints.latest() is None and checkpoints.steps() == ()
+    with pytest.raises(FileNotFoundError, match="got no complete checkpoint, .* There are: none"):
+        checkpoints.restore(TREE)
+    assert not (tmp_path / "none").exists()
+    for step in range(5):
+        checkpoints.save(step, TREE)
+    checkpoints.wait()
+    assert checkpoints.steps() == (0, 1, 2, 3, 4)
+    with pytest.raises(FileNotFoundError, match="of 7, .* There are: 0, 1, 2, 3, 4"):
+        checkpoints.restore(TREE, 7)
+    for step in (4, 3):
+        with pytest.raises(ValueError, match=f"step: got {step}, wanted one after 4"):
+            checkpoints.save(step, TREE)
+    with pytest.raises(ValueError, match=r"got a Generator at \['r'\], wanted arrays"):
+        checkpoints.save(5, {"r": np.random.default_rng()})
+    with pytest.raises(ValueError, match="got no array"):
+        checkpoints.save(5, {"a": 1})
+    checkpoints.close()
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ImportError, match=r'pip install "curvax\[checkpoints\]"'):
+        cx.Checkpoints(tmp_path)
+
+
+def test_readers_leave_writers_alone(tmp_path):
+    for step in (1, 2, 3):
+        written(tmp_path, TREE, step, keep=2)
+    partial = tmp_path / "4.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "3", partial)
+    with cx.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == (2, 3)
+        same(checkpoints.restore(TREE), TREE)
+        assert partial.exists()
+        checkpoints.save(5, TREE)
+    assert not partial.exists()
+
+
+def test_damage_is_no_reason_to_take_another(tmp_path):
+    for step in (1, 2):
+        written(tmp_path, TREE, step)
+    for file in (tmp_path / "2").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+    with pytest.raises(OSError, match=f"{tmp_path}/2: it cannot be read. There are also: 1."):
+        cx.Checkpoints(tmp_path).restore(TREE)
+    same(cx.Checkpoints(tmp_path).restore(TREE, 1), TREE)
+
+
+def test_full_disk(tmp_path):
+    """No file may grow beyond some size: what is there and what is in memory stay, and a later
+    write goes through.
+    """
+    small, large = {"a": jnp.arange(8.0)}, {"a": jax.random.normal(jax.random.key(0), (2**19,))}
+    before = np.array(large["a"])
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with cx.Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, small)
+        checkpoints.wait()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))
+            message = rf"checkpoint {tmp_path}/2: it was not written; the checkpoints of 1 are"
+            with pytest.raises(OSError, match=message):
+                checkpoints.save(2, large)
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        np.testing.assert_array_equal(large["a"], before)
+        assert checkpoints.steps() == (1,)
+        same(checkpoints.restore(small), small)
+        checkpoints.save(2, large)
+        checkpoints.wait()
+        assert checkpoints.steps() == (2,)
+        same(checkpoints.restore(large), large)
+
+
+def test_killed_at_any_moment(tmp_path):
+    """Seven lives of one run, which ends as one that was never killed (see `tests/killed.py`)."""
+    root = pathlib.Path(__file__).parents[1]
+    env = {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killed", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+        cwd=root,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    words = [line.split() for line in done.stdout.splitlines()]
+    ends = {line[0]: int(line[1]) for line in words if len(line) == 3}
+    left = {line[0]: int(line[2]) for line in words if len(line) == 3}
+    assert tuple(ends) == (*killed.FATES, "none")
+    assert ends["write:4"] == 3 and left["write:4"] == 1
+    assert ends["commit:7"] == 6 and left["commit:7"] == 1
+    assert ends["delete:7"] == 7 + killed.KEPT
+    assert ends["beside:12"] in (11, 12)
+    assert ends["outside:14"] >= 14 and ends["outside:17"] >= 17 and ends["none"] == killed.STEPS
+    assert left["none"] == 0 and words[-2] == ["finished"]
