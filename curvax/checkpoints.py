@@ -179,14 +179,17 @@ class Checkpoints:
         steps = self.steps()
         step = max(steps, default=None) if step is None else step
         if step is None or step not in steps:
+            which = "" if step is None else f" of step {step}"
             raise FileNotFoundError(
-                f"{self.folder}: got no complete checkpoint{'' if step is None else f' of {step}'}, "
-                f"wanted one to restore. There are: {', '.join(map(str, steps)) or 'none'}."
+                f"{self.folder}: got no complete checkpoint{which}, wanted one to restore. There "
+                f"are: {', '.join(map(str, steps)) or 'none'}."
             )
         with self._reading(step):
             schema = self._opened().metadata(step).custom_metadata or {}
         if "schema" not in schema:
-            raise ValueError(f"{self._named(step)}: got no schema, wanted one of curvax.Checkpoints.")
+            raise ValueError(
+                f"{self._named(step)}: got no schema, wanted one of curvax.Checkpoints."
+            )
         wanted = list(entries(like))
         if schema["schema"] == VERSION:
             saved = [Entry(*each) for each in schema["tree"]]
@@ -229,7 +232,9 @@ class Checkpoints:
         version, writer = schema["schema"], schema["curvax"]
         where = f"{self._named(step)}: got version {version} of the schema, of curvax {writer}"
         if version > VERSION:
-            raise ValueError(f"{where}, wanted at most {VERSION}: install curvax {writer} or later.")
+            raise ValueError(
+                f"{where}, wanted at most {VERSION}: install curvax {writer} or later."
+            )
         for each in range(version, VERSION):
             if each not in self._migrations:
                 raise ValueError(

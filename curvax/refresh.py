@@ -195,12 +195,15 @@ def _low_rank(
 
     ridges = [jnp.full_like(unit, 10.0) for unit in units]
     results = []
-    for factor, q, trace, (new, _) in zip(
-        factors, bases, traces, escalated(attempt, ridges), strict=True
+    for q, core, trace, (new, _) in zip(
+        bases, cores, traces, escalated(attempt, ridges), strict=True
     ):
-        # Nothing has come in yet that has a range: keep the basis.
-        same = LowRankFactor(q, jnp.zeros_like(factor.core), trace)
-        results.append(pick(trace > 0, new, same))
+        # Before anything has come in that has a range, and where something made a factor
+        # indefinite: the average in the basis that there is, so that what is wrong fades.
+        rest = max(q.shape[1] - q.shape[2], 1)
+        tail = (trace - jnp.trace(core, axis1=1, axis2=2)) / rest
+        same = LowRankFactor(q, core, jnp.maximum(tail, 0))
+        results.append(pick((trace > 0) & finite_each(new), new, same))
     return results
 
 

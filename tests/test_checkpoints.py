@@ -202,34 +202,51 @@ MESHES = """
 
 def test_other_meshes(tmp_path):
     """From eight devices to four in another shape, and from either to one."""
-    folder = str(tmp_path)
-    printed(f"{MESHES}\n    main({folder!r}, (4, 2), 7)", devices=8)
-    printed(f"{MESHES}\n    main({folder!r}, (2, 2), 9)", devices=4)
-    run, step = killed.start()
-    whole = run
-    while whole["position"] < 9:
-        whole = killed.advanced(whole, step)
+    folder, last = str(tmp_path), 6
+    printed(f"{MESHES}\n    main({folder!r}, (4, 2), 2)", devices=8)
+    printed(f"{MESHES}\n    main({folder!r}, (2, 2), 3)", devices=4)
+    begin, step = killed.start()
+
+    def go(run):
+        while run["position"] < last:
+            run = killed.advanced(run, step)
+        return run
+
+    whole = go(begin)
     with cx.Checkpoints(folder) as checkpoints:
-        at_seven, at_nine = checkpoints.restore(run, 7), checkpoints.restore(run)
-    for got in (killed.advanced(killed.advanced(at_seven, step), step), at_nine):
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
-            if eqx.is_array_like(b):
-                np.testing.assert_allclose(data(a), data(b), rtol=1e-10, atol=1e-10)
+        for at in (2, 3):
+            got = go(checkpoints.restore(begin, at))
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+                if eqx.is_array_like(b):
+                    np.testing.assert_allclose(data(a), data(b), rtol=1e-10, atol=1e-10)
 
 
 # -- the schema --------------------------------------------------------------------------------
 
-TREE = {"a": Pair(jnp.ones(3), jnp.ones((2, 2))), "model": eqx.nn.Linear(2, 3, key=jax.random.key(0))}
+KEY = jax.random.key(0)
+TREE = {
+    "a": Pair(jnp.ones(3), jnp.ones((2, 2))),
+    "model": eqx.nn.Linear(2, 3, key=KEY),
+}
 OTHERS = {
-    "shape": (TREE | {"model": eqx.nn.Linear(2, 4, key=jax.random.key(0))},
-              r"\['model'\].weight is float64\[3, 2\] there, and float64\[4, 2\] in `like`"),
-    "dtype": (TREE | {"a": Pair(jnp.ones(3, jnp.float32), jnp.ones((2, 2)))},
-              r"\['a'\].first is float64\[3\] there, and float32\[3\] in"),
-    "field": (TREE | {"a": Triple(jnp.ones(3), jnp.ones((2, 2)), 0)},
-              r"\['a'\] is Pair there, and Triple in"),
+    "shape": (
+        TREE | {"model": eqx.nn.Linear(2, 4, key=KEY)},
+        r"\['model'\].weight is float64\[3, 2\] there, and float64\[4, 2\] in `like`",
+    ),
+    "dtype": (
+        TREE | {"a": Pair(jnp.ones(3, jnp.float32), jnp.ones((2, 2)))},
+        r"\['a'\].first is float64\[3\] there, and float32\[3\] in",
+    ),
+    "field": (
+        TREE | {"a": Triple(jnp.ones(3), jnp.ones((2, 2)), 0)},
+        r"\['a'\] is Pair there, and Triple in",
+    ),
     "leaf": (TREE | {"b": 1}, r"\['b'\] is nothing there, and int in"),
     "no leaf": ({"a": TREE["a"]}, r"\['model'\] is Linear there, and nothing in"),
-    "kind": (TREE | {"a": Pair(1.0, jnp.ones((2, 2)))}, r"\['a'\].first is float64\[3\] .* float in"),
+    "kind": (
+        TREE | {"a": Pair(1.0, jnp.ones((2, 2)))},
+        r"\['a'\].first is float64\[3\] .* float in",
+    ),
     "root": (jnp.ones(3), r"the root is dict there, and float64\[3\] in"),
 }
 
@@ -249,7 +266,7 @@ def test_field_of_a_state_that_is_new(tmp_path):
         for names in (("count", "trace"), ("count", "level", "trace"))
     )
     written(tmp_path, {"inner": was(jnp.ones(2), jnp.ones(2))})
-    with pytest.raises(ValueError, match=r"\['inner'\].level is nothing there, and float64\[3\] in"):
+    with pytest.raises(ValueError, match=r"'\].level is nothing there, and float64\[3\] in"):
         cx.Checkpoints(tmp_path).restore({"inner": now(jnp.ones(2), jnp.ones(3), jnp.ones(2))})
 
 
@@ -261,7 +278,7 @@ def test_stacks_of_other_blocks(tmp_path):
     other = state._replace(
         preconditioner=state.preconditioner | {name: memory.with_(parts=(("elsewhere", 1),))}
     )
-    with pytest.raises(ValueError, match=r"is EigenMemory of .* × 1 there, and .* of elsewhere × 1"):
+    with pytest.raises(ValueError, match=r"is EigenMemory of .* × 1 there.* of elsewhere × 1"):
         cx.Checkpoints(tmp_path).restore(other)
 
 
@@ -269,7 +286,7 @@ def test_versions(tmp_path, monkeypatch):
     tree = written(tmp_path, {"old": jnp.arange(4.0), "empty": jnp.zeros((0, 2)), "at": 3})
     like = {"new": jnp.zeros(4), "empty": jnp.zeros((0, 2)), "more": jnp.zeros(()), "at": 0}
     monkeypatch.setattr(module, "VERSION", 3)
-    with pytest.raises(ValueError, match=r"got version 1 .* of curvax 0.*no migration from 1\. Go on"):
+    with pytest.raises(ValueError, match=r"version 1 .* of curvax 0.*no migration from 1\. Go"):
         cx.Checkpoints(tmp_path).restore(like)
 
     def renamed(leaves):
@@ -283,7 +300,7 @@ def test_versions(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\['old'\] is float64\[4\] there, and nothing in"):
         cx.Checkpoints(tmp_path, migrations={1: dict}).restore(like)
     monkeypatch.setattr(module, "VERSION", 0)
-    with pytest.raises(ValueError, match="got version 1 .*wanted at most 0: install curvax"):
+    with pytest.raises(ValueError, match=r"got version 1 .*wanted at most 0. Install curvax"):
         cx.Checkpoints(tmp_path).restore(like)
 
 
@@ -302,14 +319,14 @@ def test_arguments(tmp_path, monkeypatch):
         cx.Checkpoints(tmp_path, keep=0)
     checkpoints = cx.Checkpoints(tmp_path / "none", keep=None)
     assert checkpoints.latest() is None and checkpoints.steps() == ()
-    with pytest.raises(FileNotFoundError, match="got no complete checkpoint, .* There are: none"):
+    with pytest.raises(FileNotFoundError, match=r"got no complete checkpoint, .* There are: none"):
         checkpoints.restore(TREE)
     assert not (tmp_path / "none").exists()
     for step in range(5):
         checkpoints.save(step, TREE)
     checkpoints.wait()
     assert checkpoints.steps() == (0, 1, 2, 3, 4)
-    with pytest.raises(FileNotFoundError, match="of 7, .* There are: 0, 1, 2, 3, 4"):
+    with pytest.raises(FileNotFoundError, match=r"of step 7, .* There are: 0, 1, 2, 3, 4"):
         checkpoints.restore(TREE, 7)
     for step in (4, 3):
         with pytest.raises(ValueError, match=f"step: got {step}, wanted one after 4"):

@@ -190,7 +190,9 @@ class DiagonalFactor(AbstractFactor):
 
     def inverted(self, shift: Array, inverse: Array | None) -> "DiagonalFactor":
         del inverse
-        return DiagonalFactor(1 / (self.entries + shift[:, None]))
+        damped = self.entries + shift[:, None]
+        # As of a Cholesky factorisation: not finite where it is not positive.
+        return DiagonalFactor(jnp.where(damped > 0, 1 / damped, jnp.nan))
 
     def spectrum_from(self, eigen: tuple[Array, Array] | None) -> Spectrum:
         del eigen
