@@ -300,7 +300,7 @@ def test_versions(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"\['old'\] is float64\[4\] there, and nothing in"):
         cx.Checkpoints(tmp_path, migrations={1: dict}).restore(like)
     monkeypatch.setattr(module, "VERSION", 0)
-    with pytest.raises(ValueError, match=r"got version 1 .*wanted at most 0. Install curvax"):
+    with pytest.raises(ValueError, match=r"got version 1 .*wanted at most 0: install curvax"):
         cx.Checkpoints(tmp_path).restore(like)
 
 
@@ -355,14 +355,15 @@ def test_readers_leave_writers_alone(tmp_path):
 
 
 def test_damage_is_no_reason_to_take_another(tmp_path):
+    tree = {"a": jnp.arange(5.0)}  # one read: orbax does not wait for others when one has failed
     for step in (1, 2):
-        written(tmp_path, TREE, step)
+        written(tmp_path, tree, step)
     for file in (tmp_path / "2").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
-    with pytest.raises(OSError, match=f"{tmp_path}/2: it cannot be read. There are also: 1."):
-        cx.Checkpoints(tmp_path).restore(TREE)
-    same(cx.Checkpoints(tmp_path).restore(TREE, 1), TREE)
+    with pytest.raises(OSError, match=f"{tmp_path}/2: it cannot be read. There are also: 1"):
+        cx.Checkpoints(tmp_path).restore(tree)
+    same(cx.Checkpoints(tmp_path).restore(tree, 1), tree)
 
 
 def test_full_disk(tmp_path):
