@@ -108,6 +108,10 @@ def sharding(leaf: Any) -> Sharding | None:
 
 def placed(value: Any, like: Any) -> Any:
     """A value of the host where, and as what, `like` is."""
+    if is_key(value):
+        # By its numbers, which go to devices of other processes, too.
+        numbers = _put(np.asarray(jax.random.key_data(value)), sharding(like))
+        return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(value))
     if not _tree.is_array(value) or isinstance(like, np.ndarray):
         return value
     if isinstance(like, np.generic):
@@ -116,7 +120,10 @@ def placed(value: Any, like: Any) -> Any:
         # Without, a step would be compiled again, and might give another dtype.
         weak = jnp.full(like.shape, np.zeros((), like.dtype).item())
         value = weak.at[...].set(jnp.asarray(value)) if weak.dtype == like.dtype else value
-    devices = sharding(like)
+    return _put(value, sharding(like))
+
+
+def _put(value: Any, devices: Sharding | None) -> jax.Array:
     return jnp.array(value) if devices is None else jax.device_put(value, devices)
 
 

@@ -6,8 +6,10 @@ import pathlib
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import textwrap
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -24,6 +26,8 @@ from tests.devices import printed
 from tests.problems import predict, problem
 
 ocp = pytest.importorskip("orbax.checkpoint")
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Pair(NamedTuple):
@@ -186,39 +190,95 @@ MESHES = """
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(run["state"]))
         return run
 
-    def main(folder, sizes, until):
-        run, step = killed.start()
+    def main(folder, sizes):
+        run, _ = killed.start()
         with cx.Checkpoints(folder) as checkpoints:
-            for kind in (AxisType.Explicit, AxisType.Auto) if checkpoints.latest() else ():
+            for kind in AxisType.Explicit, AxisType.Auto:
                 like = spread(run, sizes, kind)
                 found = checkpoints.restore(like)
                 assert shardings(found) == shardings(like)
-            run = found if checkpoints.latest() else spread(run, sizes, AxisType.Auto)
-            while run["position"] < until:
-                run = killed.advanced(run, step)
-            checkpoints.save(until, run)
+            checkpoints.save(checkpoints.latest() + 1, found)
 """
 
 
 def test_other_meshes(tmp_path):
-    """From eight devices to four in another shape, and from either to one."""
-    folder, last = str(tmp_path), 6
-    printed(f"{MESHES}\n    main({folder!r}, (4, 2), 2)", devices=8)
-    printed(f"{MESHES}\n    main({folder!r}, (2, 2), 3)", devices=4)
-    begin, step = killed.start()
+    """From one device to eight, to four in another shape, and back: as if it had not moved."""
+    run, step = killed.start()
+    for _ in range(2):
+        run = killed.advanced(run, step)
+    written(tmp_path, run)
+    printed(f"{MESHES}\n    main({str(tmp_path)!r}, (4, 2))", devices=8)
+    printed(f"{MESHES}\n    main({str(tmp_path)!r}, (2, 2))", devices=4)
+    for at in (2, 3):
+        same(cx.Checkpoints(tmp_path).restore(killed.start()[0], at), run)
 
-    def go(run):
-        while run["position"] < last:
-            run = killed.advanced(run, step)
-        return run
 
-    whole = go(begin)
-    with cx.Checkpoints(folder) as checkpoints:
-        for at in (2, 3):
-            got = go(checkpoints.restore(begin, at))
-            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
-                if eqx.is_array_like(b):
-                    np.testing.assert_allclose(data(a), data(b), rtol=1e-10, atol=1e-10)
+TWO_PROCESSES = """
+    import sys
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+
+    rank, folder, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", 2, rank)
+    import curvax as cx
+
+    sharding = NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))
+    whole = np.arange(24.0, dtype=np.float32).reshape(8, 3)
+    keys = lambda: jax.random.split(jax.random.key(7), 4)
+    tree = {
+        "sharded": jax.make_array_from_callback((8, 3), sharding, lambda at: whole[at]),
+        "keys": jax.jit(keys, out_shardings=sharding)(),
+        "of each": jnp.arange(3),
+        "position": 5,
+    }
+    with cx.Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(1, tree)
+        checkpoints.save(2, tree)
+        checkpoints.wait()
+        assert checkpoints.steps() == (2,)
+        got = checkpoints.restore(tree)
+    for name in ("sharded", "keys"):
+        assert got[name].sharding == sharding
+    for shard in got["sharded"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
+    print("fine")
+"""
+
+
+def test_two_processes(tmp_path):
+    """Each writes and reads its own part; one process reads all of it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    program, folder = textwrap.dedent(TWO_PROCESSES), str(tmp_path / "run")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), folder, port],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        )
+        for rank in (0, 1)
+    ]
+    for process in both:
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.split()[-1:] == ["fine"], errors[-3000:]
+    like = {
+        "sharded": jnp.zeros((8, 3), jnp.float32),
+        "keys": jax.random.split(jax.random.key(0), 4),
+        "of each": jnp.zeros(3, jnp.int32),
+        "position": 0,
+    }
+    got = cx.Checkpoints(folder).restore(like)
+    whole = jnp.arange(24, dtype=jnp.float32).reshape(8, 3)
+    keys = jax.random.split(jax.random.key(7), 4)
+    of_each = jnp.arange(3, dtype=jnp.int32)
+    same(got, {"sharded": whole, "keys": keys, "of each": of_each, "position": 5})
 
 
 # -- the schema --------------------------------------------------------------------------------
@@ -396,15 +456,14 @@ def test_full_disk(tmp_path):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Seven lives of one run, which ends as one that was never killed (see `tests/killed.py`)."""
-    root = pathlib.Path(__file__).parents[1]
-    env = {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    """Six lives of one run, which ends as one that was never killed (see `tests/killed.py`)."""
+    env = {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed", str(tmp_path / "run")],
         capture_output=True,
         text=True,
         env=os.environ | env,
-        cwd=root,
+        cwd=ROOT,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -416,5 +475,5 @@ def test_killed_at_any_moment(tmp_path):
     assert ends["commit:7"] == 6 and left["commit:7"] == 1
     assert ends["delete:7"] == 7 + killed.KEPT
     assert ends["beside:12"] in (11, 12)
-    assert ends["outside:14"] >= 14 and ends["outside:17"] >= 17 and ends["none"] == killed.STEPS
+    assert ends["outside:15"] >= 15 and ends["none"] == killed.STEPS
     assert left["none"] == 0 and words[-2] == ["finished"]
