@@ -287,7 +287,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # The manager counts a checkpoint that is not there, and forgets one that is.
+            # The next one counts what is there, and clears away what was begun.
             with contextlib.suppress(Exception):
                 self._closed()
             raise OSError(

@@ -402,8 +402,10 @@ def test_arguments(tmp_path, monkeypatch):
 
 
 def test_readers_leave_writers_alone(tmp_path):
+    reader = cx.Checkpoints(tmp_path)
     for step in (1, 2, 3):
         written(tmp_path, TREE, step, keep=2)
+        assert reader.latest() == step
     partial = tmp_path / "4.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "3", partial)
     with cx.Checkpoints(tmp_path) as checkpoints:
@@ -449,9 +451,9 @@ def test_full_disk(tmp_path):
         np.testing.assert_array_equal(large["a"], before)
         assert checkpoints.steps() == (1,)
         same(checkpoints.restore(small), small)
-        checkpoints.save(2, large)
+        checkpoints.save(3, large)
         checkpoints.wait()
-        assert checkpoints.steps() == (2,)
+        assert os.listdir(tmp_path) == ["3"]  # what was begun takes no space
         same(checkpoints.restore(large), large)
 
 
