@@ -20,6 +20,7 @@ import optax
 import pytest
 
 import curvax as cx
+from curvax import _schema as schema
 from curvax import checkpoints as module
 from tests import killed
 from tests.devices import printed
@@ -110,6 +111,11 @@ def test_structs_stand_for_arrays(tmp_path):
     same({**got, "w": jnp.array(np.asarray(got["w"]))}, tree)
 
 
+@pytest.fixture
+def all_sides_low_rank(monkeypatch):
+    monkeypatch.setattr("curvax.taps.blocks.WHOLE", 1)
+
+
 def optimizers():
     p = problem(seed=3)
     objective = cx.Objective(predict, cx.SoftmaxCrossEntropy(), example=p.batch)
@@ -124,7 +130,7 @@ def optimizers():
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "soap"])
-def test_resumed_is_never_stopped(name, tmp_path):
+def test_resumed_is_never_stopped(name, tmp_path, all_sides_low_rank):
     """Between refreshes, with arrays donated at once, and nothing compiled again."""
     p, methods = optimizers()
     method = methods[name]
@@ -340,6 +346,31 @@ def test_stacks_of_other_blocks(tmp_path):
     )
     with pytest.raises(ValueError, match=r"is EigenMemory of .* × 1 there.* of elsewhere × 1"):
         cx.Checkpoints(tmp_path).restore(other)
+
+
+def layouts():
+    """Path and type of all that the states of some methods hold, in text."""
+    p, methods = optimizers()
+    objective = methods["ekfac"].objective
+    diagonal = cx.DiagonalPreconditioner(every=3)
+    methods |= {
+        "kfac, full": cx.methods.kfac(objective, rank=None, diagonal=("w2",)),
+        "shampoo": cx.methods.shampoo(),
+        "ggn_cg": cx.methods.ggn_cg(objective, warm_start=0.9, preconditioner=diagonal),
+    }
+    lines = []
+    for name, method in sorted(methods.items()):
+        lines += ["", f"# {name}"]
+        lines += [f"{e.path} | {e}" for e, _ in schema.entries(method.init(p.params))]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def test_layout_of_this_version(all_sides_low_rank):
+    """Where this fails, states of the last release cannot be read: raise `VERSION` in
+    curvax/checkpoints.py, add a migration, and write the new layout into a file beside this one.
+    """
+    file = ROOT / "tests" / "data" / f"state_layout_{module.VERSION}.txt"
+    assert layouts() == file.read_text(encoding="utf-8")
 
 
 def test_versions(tmp_path, monkeypatch):
