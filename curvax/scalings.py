@@ -102,9 +102,10 @@ class Clipped(AbstractScaling):
     def apply(self, state: Any, direction: Params, context: Context) -> tuple[Params, ClippedState]:
         limit = lambda leaf: jnp.asarray(self.limit, leaf.dtype)
         clipped = jax.tree.map(lambda leaf: jnp.clip(leaf, -limit(leaf), limit(leaf)), direction)
-        within = jnp.zeros((), jnp.float32)
-        for leaf in jax.tree.leaves(clipped):
-            within = within + jnp.sum(jnp.abs(leaf) < limit(leaf), dtype=jnp.float32)
+        # Numbers, not truth values: a sum of those is slower on a CPU.
+        one, zero = jnp.float32(1), jnp.float32(0)
+        inside = lambda leaf: jnp.where(jnp.abs(leaf) < limit(leaf), one, zero)
+        within = _tree.total(jax.tree.map(inside, clipped))
         return clipped, ClippedState(within / max(_tree.size(direction), 1))
 
 
