@@ -40,13 +40,16 @@ def place(training: Training, mesh: Mesh, init: Any) -> None:
 
 
 class _Adam(Adam):
+    """On a mesh from its first step."""
+
     def __init__(self, model: Model, batch: Any, mesh: Mesh):
-        self._mesh = mesh
+        self._mesh: Mesh | None = mesh
         super().__init__(model, batch)
 
     def __call__(self) -> float:
-        if not isinstance(jax.tree.leaves(self.params)[0].sharding, NamedSharding):
+        if self._mesh is not None:
             place(self, self._mesh, self.optimizer)
+            self._mesh = None
         return super().__call__()
 
 

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +25,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from curvax import _tree
+import curvax as cx
 from experiments.data import DataCorrupted, DataUnavailable, batches, load
 from experiments.recipes import RECIPES, Setting
 from experiments.training import Task, a_part
@@ -227,26 +228,10 @@ def parameter_shardings(mesh: Mesh, params: PyTree[Any]) -> PyTree[NamedSharding
     return jax.tree.map(one, params)
 
 
-def state_shardings(
-    mesh: Mesh, state: PyTree[Any], params: PyTree[Any], shardings: PyTree[NamedSharding]
-) -> PyTree[NamedSharding]:
-    """What is kept like a parameter as that parameter, and the rest whole everywhere."""
-    paths, leaves, treedef = _tree.paths(params), jax.tree.leaves(params), jax.tree.structure(state)
-    owners = list(zip(paths, leaves, jax.tree.leaves(shardings), strict=True))
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def one(path: str, leaf: Any) -> NamedSharding:
-        mine = (s for own, like, s in owners if path.endswith(own) and like.shape == leaf.shape)
-        return next(mine, whole)
-
-    pairs = zip(_tree.paths(state), jax.tree.leaves(state), strict=True)
-    return jax.tree.unflatten(treedef, [one(path, leaf) for path, leaf in pairs])
-
-
 def own_rows(sharding: NamedSharding, batch: int) -> slice:
     """The examples of each batch that this process reads: those of its devices."""
     held = sharding.addressable_devices_indices_map((batch,)).values()
-    bounds = [index[0].indices(batch) for index in held]
+    bounds = [index[0].indices(batch) for index in held if index is not None]
     return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
@@ -267,7 +252,7 @@ def losses(args: argparse.Namespace, method: str, task: Task, mesh: Mesh) -> Ite
     weights = parameter_shardings(mesh, shapes)
     model = jax.jit(init, out_shardings=weights)(key)
     start = lambda model: trainer.init(model, rate, args.steps)
-    places = state_shardings(mesh, jax.eval_shape(start, shapes), shapes, weights)
+    places = cx.state_sharding(types.SimpleNamespace(init=start), model, mesh)
     state = jax.jit(start, out_shardings=places)(model)
 
     rows = own_rows(spread, args.batch)

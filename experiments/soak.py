@@ -60,7 +60,7 @@ class Compilations:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **about: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **about: Any) -> None:
         self.count += event == _COMPILED
 
 

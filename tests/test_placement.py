@@ -17,12 +17,12 @@ from tests.devices import printed
 from tests.meshes import MESHES, assert_same, assert_where, places_of, sharded, split, start
 
 EVERY, STEPS = 3, 8
-# Stacks of three layers, and what is by itself; low rank is for more than 32.
+# Stacks of three layers, and what is by itself; low rank is for more than 32. (EK-FAC's eigenbases
+# of factors of so few examples are a matter of rounding: tests/test_sharded_methods.py.)
 SHAPES = {"layers": (3, 40, 40), "w1": (40, 12), "w2": (6, 40)}
 METHODS = {
     "kfac": lambda m, f: m.kfac(f, rank=None, refresh_every=EVERY),
     "kfac at low rank": lambda m, f: m.kfac(f, rank=8, refresh_every=EVERY),
-    "ekfac": lambda m, f: m.ekfac(f, refresh_every=EVERY),
 }
 OF_GRADIENTS = {
     "shampoo": lambda m: m.shampoo(refresh_every=EVERY, axes={"layers": "layers out in"}),
