@@ -1,7 +1,7 @@
 """Where the state of an optimizer is on a mesh."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,11 +10,11 @@ from jaxtyping import PyTree
 
 from curvax import _tree
 
-Keep = Literal["all", "own"]
+KEEP = ("all", "own")
 
 
 def state_sharding(
-    optimizer: Any, params: PyTree[Any], mesh: Mesh, *, keep: Keep = "all"
+    optimizer: Any, params: PyTree[Any], mesh: Mesh, *, keep: str = "all"
 ) -> PyTree[NamedSharding]:
     """The sharding of every leaf of an optimizer's state, for `jax.jit(init, out_shardings=…)`,
     `jax.device_put`, and the arguments and results of a step.
@@ -40,7 +40,7 @@ def state_sharding(
 
     **Raises** `ValueError` for another `keep`, and for parameters on another mesh.
     """
-    if keep not in get_args(Keep):
+    if keep not in KEEP:
         raise ValueError(f'keep: got {keep!r}, wanted "all" or "own".')
     state = eqx.filter_eval_shape(optimizer.init, params)
     owners = dict(_specs(params, mesh))

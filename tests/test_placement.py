@@ -24,10 +24,6 @@ METHODS = {
     "kfac": lambda m, f: m.kfac(f, rank=None, refresh_every=EVERY),
     "kfac at low rank": lambda m, f: m.kfac(f, rank=8, refresh_every=EVERY),
 }
-OF_GRADIENTS = {
-    "shampoo": lambda m: m.shampoo(refresh_every=EVERY, axes={"layers": "layers out in"}),
-    "soap": lambda m: m.soap(refresh_every=EVERY, axes={"layers": "layers out in"}),
-}
 
 
 @given(
@@ -94,45 +90,12 @@ def observed(build):
     return cx.make_step(optimizer, method), params, batch
 
 
-def of_gradients(build):
-    objective, params, batch = problem()
-    optimizer = optax.chain(build(cx.methods), optax.scale_by_learning_rate(0.05))
-
-    class Loop:
-        init = staticmethod(optimizer.init)
-
-        @staticmethod
-        @jax.jit
-        def step(params, state, batch):
-            gradient = jax.grad(objective.value)(params, batch)
-            updates, new = optimizer.update(gradient, state, params)
-            where = jax.tree.map(lambda x: x.sharding, PLACES[0])
-            return jax.lax.with_sharding_constraint(
-                (optax.apply_updates(params, updates), new), where
-            )
-
-        def __call__(self, params, state, batch, key):
-            PLACES[:] = [(params, state)]
-            return *self.step(params, state, batch), None
-
-    return Loop(), params, batch
-
-
-# Where the parameters and the state of a loop are.
-PLACES = []
-
-
 def trained(step, params, state, batch):
     places = places_of((params, state))
     for count in range(STEPS):
         params, state, _ = step(params, state, batch, jax.random.key(count))
         assert_where((params, state), places)
     return params
-
-
-def copies_of(name):
-    """How many copies of the parameters a state has."""
-    return {"shampoo": 1, "soap": 2}.get(name, 1)
 
 
 def bytes_of(tree):
@@ -149,10 +112,8 @@ def bytes_on_first(tree):
 
 def check_kept():
     """The steps of one device, wherever the state is; less of it on each the more there are."""
-    cases = [(name, observed, build) for name, build in METHODS.items()]
-    cases += [(name, of_gradients, build) for name, build in OF_GRADIENTS.items()]
-    for name, make, build in cases:
-        step, params, batch = make(build)
+    for name, build in METHODS.items():
+        step, params, batch = observed(build)
         wanted = trained(step, params, step.init(params), batch)
         for label, mesh_of in (("data", MESHES["data"]), ("both", MESHES["fsdp and tensor"])):
             mesh = mesh_of.made("Auto")
@@ -161,7 +122,7 @@ def check_kept():
                 own, there = sharded(params, mesh, specs), split(batch, mesh)
                 held = {}
                 for keep in ("all", "own"):
-                    step, *_ = make(build)
+                    step, *_ = observed(build)
                     places = cx.state_sharding(step, own, mesh, keep=keep)
                     state = jax.device_put(step.init(own), places)
                     assert_where(state, places)
@@ -170,9 +131,10 @@ def check_kept():
                     assert_same(got, wanted, f"{name}, {label}, {keep}")
                 whole = bytes_of(state)
             assert held["own"] < held["all"] <= whole, (name, label, held, whole)
-            # Copies of the parameters are where these are; of the rest most is divided.
-            copies, here = copies_of(name) * np.array([bytes_of(params), bytes_on_first(own)])
-            assert held["own"] - here < 0.4 * (whole - copies), (name, label, held, whole)
+            assert name != "kfac" or held["all"] < 0.75 * whole, (label, held, whole)
+            # The momentum is where the parameters are; of the rest most is divided.
+            rest = whole - bytes_of(params)
+            assert held["own"] - bytes_on_first(own) < 0.4 * rest, (name, label, held, whole)
         print(name, flush=True)
 
 
@@ -192,7 +154,7 @@ def test_results_are_those_of_one_device():
 
 
 def test_states_are_kept_where_they_are_told():
-    wanted = " ".join([*METHODS, *OF_GRADIENTS])
+    wanted = " ".join(METHODS)
     assert " ".join(printed(PROGRAM.format(what="check_kept"), devices=8)) == wanted
 
 

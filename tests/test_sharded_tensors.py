@@ -107,11 +107,14 @@ def check(kind):
         for label, (axes, specs) in MESHES.items():
             kinds = (AxisType[kind],) * len(axes)
             mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
-            # Explicit axes say where a state is. Others leave it to the compiler, which is of
-            # another mind after the first step, unless it is given.
-            given = None if kind == "Explicit" else NamedSharding(mesh, P())
             with jax.set_mesh(mesh):
                 split = [sharded(each, mesh, specs) for each in gradients]
+                # Explicit axes say where a state is. Others leave it to the compiler, which is of
+                # another mind after the first step, unless it is given.
+                given = None
+                if kind == "Auto":
+                    keep = "own" if label == "both" else "all"
+                    given = cx.state_sharding(optimizer, split[0], mesh, keep=keep)
                 got, state = updates_of(optimizer, split, given)
                 if given is None and shapes is LONG:
                     assert_sharded_along(state, split[0]["w1"])
