@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from curvax import _tree
@@ -19,7 +19,9 @@ from curvax._sharding import explicit, on_mesh_of, plain
 from curvax.batch import Batch
 from curvax.objective import Params
 from curvax.plan import GainRatio, Observation
+from curvax.plan.describe import describe_on_mesh
 from curvax.plan.parts import value_in_parts
+from curvax.plan.phases import Rates
 from curvax.plan.plan import Due
 from curvax.transform import (
     Method,
@@ -270,9 +272,20 @@ class Step:
             self._phases[within] = self.method.plan.phase(within)
         return self._phases[within]
 
-    def describe(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None) -> str:
-        """See [`Method.describe`][curvax.Method]."""
-        return self.method.describe(model, batch, key)
+    def describe(
+        self,
+        model: PyTree[Any],
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        *,
+        mesh: Mesh | None = None,
+        rates: Rates | None = None,
+        state_sharding: PyTree[Any] = None,
+    ) -> str:
+        """See [`Method.describe`][curvax.Method]. What is counted on a mesh is this step, with the
+        whole optimizer, of whose state `state_sharding` is.
+        """
+        return describe_on_mesh(self, model, batch, key, mesh, rates, state_sharding)
 
 
 def make_step(

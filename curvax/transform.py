@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
 from curvax import _tree
@@ -19,7 +20,7 @@ from curvax.objective import Objective, Params
 from curvax.operators import AbstractCurvature
 from curvax.operators.algebra import quadratic_form
 from curvax.plan import AbstractCurvatureQuantity, GainRatio, Observation, Plan, Requirement
-from curvax.plan.describe import describe
+from curvax.plan.phases import Rates
 
 
 class Metrics(NamedTuple):
@@ -88,11 +89,33 @@ class Method(optax.GradientTransformationExtraArgs):
             options["bases"] = self.bases(state)
         return self.plan.observe(objective, params, batch, key, **options)
 
-    def describe(self, model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None) -> str:
+    def describe(
+        self,
+        model: PyTree[Any],
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        *,
+        mesh: Mesh | None = None,
+        rates: Rates | None = None,
+        state_sharding: PyTree[Any] = None,
+    ) -> str:
         """A table of what a step computes, for whom, how often and at what cost, and of what the
-        state holds. Nothing is run.
+        state holds. Nothing is run, and arrays may be `jax.ShapeDtypeStruct`s.
+
+        With a `mesh` every kind of step is compiled for it, and another table has, for one device,
+        the collective operations and their bytes, what is sent in a ring (see
+        [`traffic`][curvax.traffic]), arithmetic and memory, and with `rates` a predicted time.
+        Leaves of model and batch that are sharded over the mesh stay so. Others are replicated,
+        but for the examples of a batch: these are divided over its axis "data", or else its first.
+        `state_sharding` has a sharding for each leaf of the state. By default what is kept for a
+        parameter, in its shape, is sharded like it, and the rest is replicated.
         """
-        return describe(self, model, batch, key)
+        from curvax.step import make_step  # which is made of methods
+
+        step = make_step(self, self)
+        return step.describe(
+            model, batch, key, mesh=mesh, rates=rates, state_sharding=state_sharding
+        )
 
     def judge(
         self, state: SecondOrderState, ratio: Scalar, due: bool | Bool[Array, ""]

@@ -1,5 +1,8 @@
 """Plans: what a step computes, for whom, how often, and at what cost."""
 
+from curvax.plan.phases import Phase as Phase
+from curvax.plan.phases import Rates as Rates
+from curvax.plan.phases import phases as phases
 from curvax.plan.plan import Entry as Entry
 from curvax.plan.plan import Observation as Observation
 from curvax.plan.plan import Plan as Plan
@@ -15,3 +18,6 @@ from curvax.plan.quantities import HessianCurvature as HessianCurvature
 from curvax.plan.quantities import HutchinsonDiagonal as HutchinsonDiagonal
 from curvax.plan.quantities import Scope as Scope
 from curvax.plan.sketches import NystromSketch as NystromSketch
+from curvax.plan.traffic import Collective as Collective
+from curvax.plan.traffic import Traffic as Traffic
+from curvax.plan.traffic import traffic as traffic

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 from curvax import _tree
@@ -12,6 +13,7 @@ from curvax._jaxpr import cost
 from curvax._tables import table
 from curvax.batch import Batch
 from curvax.objective import Objective, Params
+from curvax.plan.phases import Rates, lines, phases
 from curvax.plan.plan import Entry
 from curvax.plan.quantities import (
     AbstractCurvatureQuantity,
@@ -21,19 +23,42 @@ from curvax.plan.quantities import (
 )
 
 if TYPE_CHECKING:
+    from curvax.step import Step
     from curvax.transform import Method
+
+
+def describe_on_mesh(
+    step: "Step",
+    model: PyTree[Any],
+    batch: Batch,
+    key: PRNGKeyArray | None,
+    mesh: Mesh | None,
+    rates: Rates | None,
+    state_sharding: PyTree[Any],
+) -> str:
+    """The table behind [`Step.describe`][curvax.Step], with the phases on a mesh if there is one."""
+    text = describe(step.method, model, batch, key)
+    if mesh is None:
+        if rates is not None or state_sharding is not None:
+            raise ValueError(
+                "mesh: got None with rates= or state_sharding=, wanted the mesh that they are for."
+            )
+        return text
+    key = jax.random.key(0) if key is None else key
+    found = phases(step, model, batch, key, mesh, state_sharding)
+    return "\n".join([text, "", *lines(found, mesh, rates)])
 
 
 def describe(
     method: "Method", model: PyTree[Any], batch: Batch, key: PRNGKeyArray | None = None
 ) -> str:
-    """The table behind [`Method.describe`][curvax.Method]."""
+    """What a step of a method computes, and what its state holds."""
     params, objective = method.objective.bind(model)
     objective.check(params, batch, key)
     key = jax.random.key(0) if key is None else key
     with binding(objective, params):
         state = jax.eval_shape(method.init, params)
-    gradient = _cost(lambda p, k: jax.value_and_grad(objective.value)(p, batch, k), params, key)
+    gradient = _cost(jax.value_and_grad(objective.value), params, batch, key)
     rows: list[tuple[str, ...]] = [
         ("quantity", "wanted by", "every", "FLOPs / gradient", "bytes / gradient"),
         ("value and gradient", "step", "1", "1.00", "1.00"),
@@ -68,11 +93,11 @@ class _Case(NamedTuple):
     def cost(self, quantity: AbstractQuantity | None, then: Any = None) -> tuple[float, float]:
         """FLOPs and bytes of the gradient with a quantity, and of a function of the latter."""
 
-        def compute(params: Params, key: PRNGKeyArray, state: Any) -> Any:
+        def compute(params: Params, batch: Batch, key: PRNGKeyArray, state: Any) -> Any:
             scope = Scope(
                 self.objective,
                 params,
-                self.batch,
+                batch,
                 key,
                 gradient_from_hessian=quantity is not None and quantity.from_hessian,
                 taps=(quantity,) if quantity is not None and quantity.tapped else (),
@@ -82,7 +107,7 @@ class _Case(NamedTuple):
             result = value if then is None else then(value, params)
             return scope.value, scope.gradient, result
 
-        return _cost(compute, self.params, self.key, self.state)
+        return _cost(compute, self.params, self.batch, self.key, self.state)
 
 
 def _entry_rows(entry: Entry, case: _Case) -> list[tuple[str, ...]]:
@@ -97,16 +122,16 @@ def _entry_rows(entry: Entry, case: _Case) -> list[tuple[str, ...]]:
         return (label, who, how_often, *ratios)
 
     if isinstance(quantity, GainRatio):
-        value = lambda p, k: case.objective.value(p, case.batch, k)
-        trial = _cost(value, case.params, case.key)
+        trial = _cost(case.objective.value, case.params, case.batch, case.key)
         return [row(quantity.label + ", besides one product with J", every, trial)]
     extra, alone = case.cost(quantity), case.cost(None)
     more = (max(extra[0] - alone[0], 0.0), max(extra[1] - alone[1], 0.0))
     rows = [row(quantity.label, every, more)]
     if isinstance(quantity, AbstractCurvatureQuantity):
-        operator = lambda p, k: quantity.compute(Scope(case.objective, p, case.batch, k))
-        product = lambda p, k: (lambda a: (a, a.mv(p)))(operator(p, k))
-        both, one = (_cost(f, case.params, case.key) for f in (product, operator))
+        operator = lambda p, b, k: quantity.compute(Scope(case.objective, p, b, k))
+        product = lambda p, b, k: (lambda a: (a, a.mv(p)))(operator(p, b, k))
+        at = (case.params, case.batch, case.key)
+        both, one = (_cost(f, *at) for f in (product, operator))
         rows.append(row("  each product with it", "solve", (both[0] - one[0], both[1] - one[1])))
     return rows
 
