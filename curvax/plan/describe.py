@@ -36,7 +36,7 @@ def describe_on_mesh(
     rates: Rates | None,
     state_sharding: PyTree[Any],
 ) -> str:
-    """The table behind [`Step.describe`][curvax.Step], with the phases on a mesh if there is one."""
+    """The table behind [`Step.describe`][curvax.Step]; with the kinds of steps on a mesh."""
     text = describe(step.method, model, batch, key)
     if mesh is None:
         if rates is not None or state_sharding is not None:

@@ -125,17 +125,19 @@ def kinds(plan: Plan) -> list[tuple[str, int, int]]:
     period = plan.period
     # The first cycle differs: what has to be there from the start is computed in step 0.
     counts = [*range(period, 2 * period), 0]
-    first: dict[tuple[Due, ...], int] = {}
+    seen: dict[tuple[Due, ...], int] = {}
     steps: dict[int, int] = {}
     for count in counts:
-        at = first.setdefault(plan.phase(count), count)
+        at = seen.setdefault(plan.phase(count), count)
         steps[at] = steps.get(at, 0) + (count != 0)
     found = []
-    for phase, count in first.items():
+    for phase, count in seen.items():
         pairs = zip(plan.entries, phase, strict=True)
         due = [entry.quantity.label for entry, due in pairs if due and entry.period > 1]
         label = " + ".join(due) if due else "nothing due" if period > 1 else "every step"
-        found.append(("first: " + label if count == 0 and period > 1 else label, count, steps[count]))
+        found.append(
+            ("first: " + label if count == 0 and period > 1 else label, count, steps[count])
+        )
     return sorted(found, key=lambda kind: -kind[2])
 
 
@@ -213,9 +215,8 @@ def _own(leaf: Any, mesh: Mesh, path: str) -> NamedSharding | None:
     if not isinstance(sharding, NamedSharding):
         return None
     if sharding.mesh.shape != mesh.shape:
-        raise ValueError(
-            f"mesh: got {dict(mesh.shape)}, but {path or 'an array'} is on {dict(sharding.mesh.shape)}."
-        )
+        other = dict(sharding.mesh.shape)
+        raise ValueError(f"mesh: got {dict(mesh.shape)}, but {path or 'an array'} is on {other}.")
     return NamedSharding(mesh, sharding.spec)
 
 

@@ -37,7 +37,7 @@ class Collective(NamedTuple):
     @property
     def nbytes(self) -> float:
         """Bytes of the result on one device, of one run."""
-        return sum(map(_nbytes, self.results))
+        return math.fsum(map(_nbytes, self.results))
 
     @property
     def wire(self) -> float:
@@ -77,7 +77,7 @@ class Traffic(NamedTuple):
 
     def wire(self) -> float:
         """Bytes that a device sends in all, if the devices of an operation form a ring."""
-        return sum(each.times * each.wire for each in self.collectives)
+        return math.fsum(each.times * each.wire for each in self.collectives)
 
     def _sum(self, number: Any) -> Counter[str]:
         total: Counter[str] = Counter()
@@ -156,8 +156,9 @@ class _Module:
             flops += times * _flops(each, shapes)
             if not fused and each.op not in _FREE and not each.op.endswith("-done"):
                 accessed += times * self._accessed(each, shapes)
-            # Some texts have the computation that an asynchronous operation runs, too.
-            calls = () if kind in KINDS else self._calls(each, times, counted, fused)
+            # The computation that an asynchronous operation runs may be there, too.
+            apart = kind in KINDS or each.op.endswith("-done")
+            calls = () if apart else self._calls(each, times, counted, fused)
             inner = [self.traffic(*call) for call in calls]
             if each.op == "conditional":
                 inner = [max(inner, key=lambda branch: (branch.wire(), branch.flops))]
@@ -177,9 +178,7 @@ class _Module:
             if name in self.computations:
                 yield name, times, counted, fused or each.op == "fusion"
 
-    def _collective(
-        self, kind: str, each: _Instruction, times: int, counted: bool
-    ) -> Collective:
+    def _collective(self, kind: str, each: _Instruction, times: int, counted: bool) -> Collective:
         parts = _split(each.shape[1:-1]) if each.shape.startswith("(") else [each.shape]
         if each.op.endswith("-start") and kind != "all-reduce":
             # The operands come first, then the results, then what the runtime needs.
@@ -191,8 +190,8 @@ class _Module:
 
     def _accessed(self, each: _Instruction, shapes: dict[str, str]) -> float:
         """Bytes that an operation reads and writes; of what it slices, the slice."""
-        sizes = {name: sum(map(_nbytes, _buffers(shapes[name]))) for name in each.operands}
-        result = sum(map(_nbytes, _buffers(each.shape)))
+        sizes = {name: math.fsum(map(_nbytes, _buffers(shapes[name]))) for name in each.operands}
+        result = math.fsum(map(_nbytes, _buffers(each.shape)))
         if each.op in ("dynamic-slice", "slice", "gather"):
             return 2 * result
         if each.op == "dynamic-update-slice":
@@ -208,14 +207,14 @@ def _fused(body: list[_Instruction], result: float) -> float:
     for each in body:
         if each.op == "parameter":
             users = [user for user in body if each.name in user.operands]
-            whole = sum(map(_nbytes, _buffers(each.shape)))
+            whole = math.fsum(map(_nbytes, _buffers(each.shape)))
             # One that is updated in a place is neither read nor written elsewhere.
             inside = [user for user in users if user.op == "dynamic-update-slice"]
             if inside and inside == users and users[0].operands[0] == each.name:
-                update = sum(map(_nbytes, _buffers(shapes[inside[0].operands[1]])))
+                update = math.fsum(map(_nbytes, _buffers(shapes[inside[0].operands[1]])))
                 total += 2 * update - min(whole, total)
             elif users and all(user.op in ("dynamic-slice", "gather") for user in users):
-                total += sum(sum(map(_nbytes, _buffers(user.shape))) for user in users)
+                total += sum(math.fsum(map(_nbytes, _buffers(user.shape))) for user in users)
             else:
                 total += whole
     return max(total, 0.0)
