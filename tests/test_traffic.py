@@ -1,6 +1,7 @@
 """What a compiled step moves between eight devices: known programs, K-FAC against Adam, tables."""
 
 import collections
+import functools
 import pathlib
 import re
 
@@ -57,7 +58,10 @@ def compiled(function, *shapes):
 
 
 def test_flops_and_accesses():
-    assert compiled(lambda a, b: a @ b, (8, 16), (16, 4)).flops == 2 * 8 * 16 * 4
+    for precision in ("default", "highest"):
+        product = compiled(functools.partial(jnp.dot, precision=precision), (8, 16), (16, 4))
+        assert product.flops == 2 * 8 * 16 * 4
+        assert product.precise == (product.flops if precision == "highest" else 0)
     layers = lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
     scanned = compiled(layers, (16, 32), (6, 32, 32))
     assert scanned.flops == 6 * 2 * 16 * 32 * 32
@@ -69,7 +73,8 @@ def test_flops_and_accesses():
     )
     assert compiled(convolve, (2, 8, 8, 3), (3, 3, 3, 5)).flops == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
     solve = lambda a, b: jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(a), b, lower=True)
-    assert compiled(solve, (32, 32), (32, 8)).flops == pytest.approx(32**3 / 3 + 32 * 32 * 8)
+    solved = compiled(solve, (32, 32), (32, 8))
+    assert solved.flops == solved.precise == pytest.approx(32**3 / 3 + 32 * 32 * 8)
 
 
 def test_kinds_of_steps():

@@ -2,8 +2,7 @@
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -53,13 +52,15 @@ class Collective(NamedTuple):
 class Traffic(NamedTuple):
     """What one run of a compiled program does on each device.
 
-    `flops` are those of matrix products, convolutions and factorisations, `accessed` the bytes read
-    and written by each operation after fusion. Both count the rounds of a loop, as
+    `flops` are those of matrix products, convolutions and factorisations, `precise` those among
+    them at the highest precision, which narrow number formats do not speed up, and `accessed` the
+    bytes read and written by each operation after fusion. All count the rounds of a loop, as
     `compiled.cost_analysis()` does not.
     """
 
     collectives: tuple[Collective, ...]
     flops: float
+    precise: float
     accessed: float
 
     @property
@@ -69,20 +70,20 @@ class Traffic(NamedTuple):
 
     def counts(self) -> dict[str, int]:
         """How many operations of each kind run."""
-        return dict(self._sum(lambda each: each.times))
+        return self._sum(lambda each: each.times)
 
     def nbytes(self) -> dict[str, float]:
         """For each kind the bytes of the results on one device."""
-        return dict(self._sum(lambda each: each.times * each.nbytes))
+        return self._sum(lambda each: each.times * each.nbytes)
 
     def wire(self) -> float:
         """Bytes that a device sends in all, if the devices of an operation form a ring."""
         return math.fsum(each.times * each.wire for each in self.collectives)
 
-    def _sum(self, number: Any) -> Counter[str]:
-        total: Counter[str] = Counter()
+    def _sum(self, number: Callable[[Collective], Any]) -> dict[str, Any]:
+        total: dict[str, Any] = {}
         for each in self.collectives:
-            total[each.kind] += number(each)
+            total[each.kind] = total.get(each.kind, 0) + number(each)
         return total
 
 
@@ -148,12 +149,16 @@ class _Module:
         """Of one computation and of what it calls."""
         shapes = {each.name: each.shape for each in self.computations[name]}
         collectives: list[Collective] = []
-        flops = accessed = 0.0
+        flops = precise = accessed = 0.0
         for each in self.computations[name]:
             kind = each.op.removesuffix("-start")
             if kind in KINDS:
                 collectives.append(self._collective(kind, each, times, counted))
-            flops += times * _flops(each, shapes)
+            own = times * _flops(each, shapes)
+            flops += own
+            # Factorisations have no other.
+            narrow = each.op in ("dot", "convolution") and "{highest," not in each.attributes
+            precise += 0.0 if narrow else own
             if not fused and each.op not in _FREE and not each.op.endswith("-done"):
                 accessed += times * self._accessed(each, shapes)
             # The computation that an asynchronous operation runs may be there, too.
@@ -164,8 +169,9 @@ class _Module:
                 inner = [max(inner, key=lambda branch: (branch.wire(), branch.flops))]
             collectives += [found for part in inner for found in part.collectives]
             flops += sum(part.flops for part in inner)
+            precise += sum(part.precise for part in inner)
             accessed += sum(part.accessed for part in inner)
-        return Traffic(tuple(collectives), flops, accessed)
+        return Traffic(tuple(collectives), flops, precise, accessed)
 
     def _calls(
         self, each: _Instruction, times: int, counted: bool, fused: bool
