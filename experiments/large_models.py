@@ -51,12 +51,14 @@ def gpt2(
     tied: bool = True,
     remat: Remat = True,
     attention: Literal["xla", "cudnn"] = "xla",
+    arrange: Callable[[Params], Params] = lambda params: params,
 ) -> Model:
     """GPT-2 (124M by default): layers stacked along a leading axis and run by `scan`.
 
     `remat`: True or "full" keeps a layer's input only, "dots" also its matrix products with
     weights, False everything. `attention="cudnn"` wants a GPU and heads of a width divisible
-    by 8. Logits are bfloat16.
+    by 8. `arrange` is applied to the parameters of a layer before it runs, and to those outside of
+    the layers: a place for sharding constraints. Logits are bfloat16.
     """
 
     def init(key: PRNGKeyArray) -> Params:
@@ -84,6 +86,7 @@ def gpt2(
         return params if tied else params | {"head": normal(width, vocab)}
 
     def layer(x: Array, p: Params) -> tuple[Array, None]:
+        p = arrange(p)
         qkv = _dense(layer_norm(x, p["norm_1"]), p["qkv"])
         q, k, v = (a.reshape(-1, heads, width // heads) for a in jnp.split(qkv, 3, axis=-1))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=attention)
@@ -94,8 +97,10 @@ def gpt2(
     body = _checkpointed(layer, remat)
 
     def predict(params: Params, x: Array) -> Array:
+        stacked = params["layers"]
+        params = arrange({name: params[name] for name in params if name != "layers"})
         hidden = (params["tokens"][x] + params["positions"][: x.shape[0]]).astype(COMPUTE)
-        hidden, _ = jax.lax.scan(body, hidden, params["layers"])
+        hidden, _ = jax.lax.scan(body, hidden, stacked)
         head = params["tokens"].T if tied else params["head"]
         return layer_norm(hidden, params["norm"]) @ head.astype(COMPUTE)
 

@@ -9,6 +9,7 @@ of bfloat16 as float32, are its own. `docs/scaling.md` is made of the results.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -57,21 +58,36 @@ def mesh_of(name: str, devices: int) -> Mesh:
     return jax.make_mesh(sizes, tuple(name.split("×")), axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def where(path: Any, leaf: Any, mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
+    """A parameter cut over some axes of a mesh, where its own can be divided."""
+    names = [entry.key for entry in path]
+    spec: list[str | None] = [None] * leaf.ndim
+    cuts = next((CUTS[name] for name in names if name in CUTS), (None, None))
+    for axis, cut in zip(("fsdp", "tensor"), cuts, strict=True):
+        # A bias goes with the outputs of its weight.
+        cut = None if names[-1] == "b" and cut != -1 else cut
+        if axis in mesh.shape and axis in axes and cut and leaf.shape[cut] % mesh.shape[axis] == 0:
+            spec[cut] = axis
+    return NamedSharding(mesh, P(*spec))
+
+
+def gathered(mesh: Mesh, params: Any) -> Any:
+    """Parameters as they are used: whole, but for "tensor".
+
+    Without a word the compiler would cut activations as it finds the weights cut, not by examples.
+    """
+    arrange = lambda path, leaf: jax.lax.with_sharding_constraint(
+        leaf, where(path, leaf, mesh, ("tensor",))
+    )
+    return jax.tree_util.tree_map_with_path(arrange, params)
+
+
 def params_on(model: Model, mesh: Mesh) -> Any:
-    """Shapes of the parameters, each cut where its axes can be divided."""
+    """Shapes of the parameters, as they are kept."""
 
     def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        names = [entry.key for entry in path]
-        spec: list[str | None] = [None] * leaf.ndim
-        cuts = next((CUTS[name] for name in names if name in CUTS), (None, None))
-        bias = names[-1] == "b"
-        for axis, cut in zip(("fsdp", "tensor"), cuts, strict=True):
-            # A bias goes with the outputs of its weight.
-            if axis not in mesh.shape or cut is None or (bias and cut != -1):
-                continue
-            if leaf.shape[cut] % mesh.shape[axis] == 0:
-                spec[cut] = axis
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, P(*spec)))
+        kept = where(path, leaf, mesh, ("fsdp", "tensor"))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=kept)
 
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(place, shapes)
@@ -107,6 +123,7 @@ def compiled_adam(objective: cx.Objective, params: Any, batch: Any, mesh: Mesh) 
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*where, whole))
     made = step.lower(params, state, batch).compile()
     memory = made.memory_analysis()
+    assert memory is not None
     sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return Phase("every step", 0, 1, traffic(made), *sizes)
 
@@ -123,7 +140,8 @@ def compiled_kfac(objective: cx.Objective, params: Any, batch: Any, mesh: Mesh) 
 def case(model_name: str, mesh_name: str, devices: int, optimizer: str) -> list[Row]:
     """A row for each kind of step."""
     shape, per_device = MODELS[model_name]
-    model, mesh = gpt2(*shape, length=LENGTH), mesh_of(mesh_name, devices)
+    mesh = mesh_of(mesh_name, devices)
+    model = gpt2(*shape, length=LENGTH, arrange=functools.partial(gathered, mesh))
     params, batch = params_on(model, mesh), batch_on(model, per_device * devices, mesh)
     objective = cx.Objective(model.predict, cx.SoftmaxCrossEntropy(), example=batch)
     start = time.perf_counter()

@@ -48,8 +48,10 @@ def test_text_of_a_program():
     assert found.nbytes()["collective-permute"] == 8 * 128
     assert found.wire() == 135 + 1920 + 96 + 8 * 128 + 112
     assert not found.counted
-    with pytest.raises(ValueError, match=r"^program: "):
+    with pytest.raises(ValueError, match=r"^program: an open parenthesis in '\(f32"):
         traffic("  %x = (f32[2] add(")
+    with pytest.raises(ValueError, match=r"^program: got no entry computation"):
+        traffic("%f (x: f32[]) -> f32[] {")
 
 
 def compiled(function, *shapes):

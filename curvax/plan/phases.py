@@ -203,8 +203,8 @@ def _state_placed(step: "Step", model: PyTree[Any], mesh: Mesh, wanted: PyTree[A
     for path, leaf in zip(_tree.paths(state), jax.tree.leaves(state), strict=True):
         # The longest: ['z']['w'] ends with ['w'], too.
         owners = [name for name in names if path.endswith(name)]
-        owner = names[max(owners, key=len)] if owners else None
-        alike = owner is not None and owner.shape == leaf.shape
+        owner = names[max(owners, key=len)] if owners else leaf
+        alike = owner is not leaf and owner.shape == leaf.shape
         kept.append(_shape(leaf, owner.sharding if alike else _replicated(mesh)))
     return jax.tree.unflatten(jax.tree.structure(state), kept)
 

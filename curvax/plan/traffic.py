@@ -103,11 +103,16 @@ def traffic(program: str | jax.stages.Compiled) -> Traffic:
     them form a ring: 2(D − 1)/D of the buffer for an all-reduce, all of it for a
     collective-permute, and (D − 1)/D of the whole buffer for the others.
 
-    **Returns** a [`Traffic`][curvax.plan.Traffic].
-
     A compiler for the CPU has no sums of bfloat16: it moves these as float32.
+
+    **Returns** a [`Traffic`][curvax.plan.Traffic]. **Raises** `ValueError` for another text.
     """
-    module = _Module(program if isinstance(program, str) else program.as_text())
+    module = _Module(program if isinstance(program, str) else program.as_text() or "")
+    if not module.entry:
+        raise ValueError(
+            "program: got no entry computation, wanted the text of an HLO module, as "
+            "jax.jit(f).lower(...).compile().as_text() gives it."
+        )
     return module.traffic(module.entry, 1, True)
 
 
