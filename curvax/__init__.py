@@ -66,7 +66,7 @@ from curvax.plan import Observation as Observation
 from curvax.plan import Plan as Plan
 from curvax.plan import Rates as Rates
 from curvax.plan import Requirement as Requirement
-from curvax.plan import traffic as traffic
+from curvax.plan.traffic import traffic as traffic
 from curvax.preconditioners import AbstractDiagonalPreconditioner as AbstractDiagonalPreconditioner
 from curvax.preconditioners import AbstractPreconditioner as AbstractPreconditioner
 from curvax.preconditioners import DiagonalPreconditioner as DiagonalPreconditioner

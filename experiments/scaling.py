@@ -24,7 +24,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
-from curvax.plan import Phase, Traffic, phases, traffic
+from curvax.plan import Phase, Traffic
+from curvax.plan.phases import phases
 from experiments.large_models import Model, gpt2
 from experiments.tables import Row, as_text
 from experiments.timing import provenance
@@ -125,7 +126,7 @@ def compiled_adam(objective: cx.Objective, params: Any, batch: Any, mesh: Mesh) 
     memory = made.memory_analysis()
     assert memory is not None
     sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return Phase("every step", 0, 1, traffic(made), *sizes)
+    return Phase("every step", 0, 1, cx.traffic(made), *sizes)
 
 
 def compiled_kfac(objective: cx.Objective, params: Any, batch: Any, mesh: Mesh) -> list[Phase]:

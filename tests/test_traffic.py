@@ -13,8 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
-from curvax.plan import Collective, phases, traffic
-from curvax.plan.phases import kinds
+from curvax import traffic
+from curvax.plan import Collective
+from curvax.plan.phases import kinds, phases
 from tests.devices import printed
 
 FLOAT = 4

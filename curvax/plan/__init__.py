@@ -2,7 +2,6 @@
 
 from curvax.plan.phases import Phase as Phase
 from curvax.plan.phases import Rates as Rates
-from curvax.plan.phases import phases as phases
 from curvax.plan.plan import Entry as Entry
 from curvax.plan.plan import Observation as Observation
 from curvax.plan.plan import Plan as Plan
@@ -20,4 +19,3 @@ from curvax.plan.quantities import Scope as Scope
 from curvax.plan.sketches import NystromSketch as NystromSketch
 from curvax.plan.traffic import Collective as Collective
 from curvax.plan.traffic import Traffic as Traffic
-from curvax.plan.traffic import traffic as traffic
