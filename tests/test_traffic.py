@@ -38,8 +38,8 @@ def test_text_of_a_program():
         Collective("all-reduce", (large, ("bf16", (3,)), ("pred", ())), 2, 1, True, "jit(f)/psum"),
         Collective("all-gather", (("f32", (128, 4)),), 16, 1, True, ""),
         Collective("reduce-scatter", (("f32", (2, 4)),), 4, 1, True, ""),
-        Collective("collective-permute", (large,), 16, 7, True, ""),
-        Collective("collective-permute", (large,), 16, 1, False, ""),
+        Collective("collective-permute", (large,), 3, 7, True, ""),
+        Collective("collective-permute", (large,), 3, 1, False, ""),
         Collective("all-to-all", (large,), 8, 1, True, ""),
     ]
     assert list(found.collectives) == wanted
@@ -180,6 +180,7 @@ def check_known():
     assert swapped.nbytes() == {"all-to-all": size} and swapped.wire() == 0.75 * size
     moved = of(lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)]))
     assert moved.nbytes() == {"collective-permute": size} and moved.wire() == size
+    assert moved.collectives[0].group == 4
 
     scan = lambda body: lambda x: jax.lax.scan(body, x, length=5)[0]
     once = lambda x, _: (jax.lax.psum(2 * x, "data"), None)

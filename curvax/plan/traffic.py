@@ -28,7 +28,7 @@ class Collective(NamedTuple):
     kind: str
     results: tuple[Buffer, ...]
     group: int
-    """How many devices take part together."""
+    """How many devices take part together; for a permutation, are connected by it."""
     times: int
     counted: bool
     source: str
@@ -287,7 +287,18 @@ def _group(attributes: str, devices: int) -> int:
         # A part of an axis is written with what comes before it, and its length.
         used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, part in used)
+    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
+        return _chain(re.findall(r"(\d+),(\d+)", found[1]))
     return devices
+
+
+def _chain(pairs: list[tuple[str, str]]) -> int:
+    """How many devices are in the largest set that such pairs connect."""
+    sets: dict[str, set[str]] = {}
+    for pair in pairs:
+        joined = set(pair).union(*(sets.get(device, set()) for device in pair))
+        sets |= dict.fromkeys(joined, joined)
+    return max(map(len, sets.values()), default=1)
 
 
 def _flops(each: _Instruction, shapes: dict[str, str]) -> float:
