@@ -53,10 +53,18 @@ CUTS = {
 }
 
 
-def mesh_of(name: str, devices: int) -> Mesh:
-    """A mesh of all the devices; "tensor" is the axis of neighbours."""
-    sizes = (devices // TENSOR, TENSOR) if name == "fsdp×tensor" else (devices,)
-    return jax.make_mesh(sizes, tuple(name.split("×")), axis_types=(AxisType.Auto,) * len(sizes))
+def mesh_of(name: str, devices: int, width: int) -> Mesh:
+    """A mesh of all the devices; "tensor" is the axis of neighbours.
+
+    Where the width of a model cannot be divided by so many, several times 64 devices share it.
+    """
+    axes = {name: devices}
+    if name == "fsdp" and width % devices:
+        axes = {"data": devices // 64, "fsdp": 64}
+    elif name == "fsdp×tensor":
+        axes = {"fsdp": devices // TENSOR, "tensor": TENSOR}
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
 
 
 def where(path: Any, leaf: Any, mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
@@ -95,8 +103,8 @@ def params_on(model: Model, mesh: Mesh) -> Any:
 
 
 def batch_on(model: Model, size: int, mesh: Mesh) -> Any:
-    """Cut along "data" or "fsdp"."""
-    where = NamedSharding(mesh, P(mesh.axis_names[0]))
+    """Cut by examples, over all axes but "tensor"."""
+    where = NamedSharding(mesh, P(tuple(name for name in mesh.axis_names if name != "tensor")))
     shapes = jax.eval_shape(lambda key: model.batch(size, key), jax.random.key(0))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
 
@@ -141,7 +149,7 @@ def compiled_kfac(objective: cx.Objective, params: Any, batch: Any, mesh: Mesh) 
 def case(model_name: str, mesh_name: str, devices: int, optimizer: str) -> list[Row]:
     """A row for each kind of step."""
     shape, per_device = MODELS[model_name]
-    mesh = mesh_of(mesh_name, devices)
+    mesh = mesh_of(mesh_name, devices, shape[1])
     model = gpt2(*shape, length=LENGTH, arrange=functools.partial(gathered, mesh))
     params, batch = params_on(model, mesh), batch_on(model, per_device * devices, mesh)
     objective = cx.Objective(model.predict, cx.SoftmaxCrossEntropy(), example=batch)
@@ -157,6 +165,7 @@ def case(model_name: str, mesh_name: str, devices: int, optimizer: str) -> list[
             "model": model_name,
             "mesh": mesh_name,
             "devices": devices,
+            "axes": dict(mesh.shape),
             "optimizer": optimizer,
             "step": phase.label,
             "steps of a cycle": phase.steps,
