@@ -10,6 +10,7 @@ of bfloat16 as float32, are its own. `docs/scaling.md` is made of the results.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -137,16 +138,18 @@ def compiled_adam(objective: cx.Objective, params: Any, batch: Any, mesh: Mesh) 
     return Phase("every step", 0, 1, cx.traffic(made), *sizes)
 
 
-def compiled_kfac(objective: cx.Objective, params: Any, batch: Any, mesh: Mesh) -> list[Phase]:
+def compiled_kfac(
+    objective: cx.Objective, params: Any, batch: Any, mesh: Mesh, rank: float
+) -> list[Phase]:
     """The kinds of steps of low-rank K-FAC, as in `experiments.bench_kfac`."""
-    method = cx.methods.kfac(objective, rank=0.15, refresh_every=10, fisher="empirical")
+    method = cx.methods.kfac(objective, rank=rank, refresh_every=10, fisher="empirical")
     optimizer = optax.chain(method, optax.trace(0.9), optax.scale_by_learning_rate(LEARNING_RATE))
     step = cx.make_step(optimizer, method)
     where = state_sharding(method, params, mesh)
     return phases(step, params, batch, jax.random.key(0), mesh, where)
 
 
-def case(model_name: str, mesh_name: str, devices: int, optimizer: str) -> list[Row]:
+def case(model_name: str, mesh_name: str, devices: int, optimizer: str, rank: float) -> list[Row]:
     """A row for each kind of step."""
     shape, per_device = MODELS[model_name]
     mesh = mesh_of(mesh_name, devices, shape[1])
@@ -157,7 +160,7 @@ def case(model_name: str, mesh_name: str, devices: int, optimizer: str) -> list[
     if optimizer == "adam":
         found = [compiled_adam(objective, params, batch, mesh)]
     else:
-        found = compiled_kfac(objective, params, batch, mesh)
+        found = compiled_kfac(objective, params, batch, mesh, rank)
     seconds = time.perf_counter() - start
     own = bytes_on_one(params)
     return [
@@ -167,6 +170,7 @@ def case(model_name: str, mesh_name: str, devices: int, optimizer: str) -> list[
             "devices": devices,
             "axes": dict(mesh.shape),
             "optimizer": optimizer,
+            "rank": rank,
             "step": phase.label,
             "steps of a cycle": phase.steps,
             "sequences per device": per_device,
@@ -198,13 +202,13 @@ def sent_in_groups_of(most: int, found: Traffic) -> float:
     return sum(each.times * each.wire for each in found.collectives if each.group <= most)
 
 
-def in_process(cell: tuple[str, str, int, str], seconds: float) -> list[Row]:
+def in_process(cell: Row, seconds: float) -> list[Row]:
     """The rows of a case, or one that says why there are none."""
-    model, mesh, devices, optimizer = cell
+    model, mesh, devices, optimizer, rank = cell.values()
     flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
     flags += f" --xla_force_host_platform_device_count={devices}"
-    one = ["--model", model, "--mesh", mesh, "--devices", str(devices), "--one", optimizer]
-    failed: Row = {"model": model, "mesh": mesh, "devices": devices, "optimizer": optimizer}
+    one = ["--model", model, "--mesh", mesh, "--devices", str(devices)]
+    one += ["--rank", str(rank), "--one", optimizer]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "experiments.scaling", *one],
@@ -214,9 +218,9 @@ def in_process(cell: tuple[str, str, int, str], seconds: float) -> list[Row]:
             timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        return [failed | {"error": f"not compiled in {seconds:.0f} s"}]
+        return [cell | {"error": f"not compiled in {seconds:.0f} s"}]
     if done.returncode:
-        return [failed | {"error": f"ended with status {done.returncode}"}]
+        return [cell | {"error": f"ended with status {done.returncode}"}]
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -229,30 +233,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--devices", nargs="+", type=int, default=[8, 64, 512])
     parser.add_argument("--mesh", nargs="+", choices=MESHES, default=list(MESHES))
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--rank", type=float, default=0.15, help="of K-FAC (default: 0.15)")
     parser.add_argument("--seconds", type=float, default=900, help="per case (default: 900)")
     parser.add_argument("--out", type=Path, default=Path("results/scaling_cpu.json"))
     parser.add_argument("--one", choices=OPTIMIZERS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
-        print(json.dumps(case(args.model[0], args.mesh[0], args.devices[0], args.one)))
+        rows = case(args.model[0], args.mesh[0], args.devices[0], args.one, args.rank)
+        print(json.dumps(rows))
         return 0
     path: Path = args.out
     rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [row for row in rows if "error" not in row]
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = ("model", "mesh", "devices", "optimizer")
-    for model in args.model:
-        for devices in args.devices:
-            for mesh in args.mesh:
-                for optimizer in args.optimizer:
-                    cell = (model, mesh, devices, optimizer)
-                    if any(tuple(row[name] for name in names) == cell for row in rows):
-                        continue
-                    found = in_process(cell, args.seconds)
-                    rows += found
-                    print(as_text(found), flush=True)
-                    written = {"provenance": provenance(), "rows": rows}
-                    path.write_text(json.dumps(written, indent=1) + "\n")
+    names = ("model", "devices", "mesh", "optimizer")
+    for values in itertools.product(*(getattr(args, name) for name in names)):
+        case_of = dict(zip(names, values, strict=True))
+        cell = {name: case_of[name] for name in ("model", "mesh", "devices", "optimizer")}
+        cell["rank"] = args.rank if cell["optimizer"] == "kfac" else 0.0
+        if any(cell.items() <= row.items() for row in rows):
+            continue
+        found = in_process(cell, args.seconds)
+        rows += found
+        print(as_text(found), flush=True)
+        path.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -12,12 +12,17 @@ from typing import Any
 
 from experiments.tables import Row, as_text
 
+# A model, a mesh, how many devices, and the rank of the factors.
+Case = tuple[str, str, int, float]
+
 RESULTS = Path(__file__).parent / "results" / "scaling_cpu.json"
 # Of one H200. The first two were measured there on GPT-2 124M (bench_kfac_h200.json: 8.24 TFLOP of
 # an Adam step in 22.5 ms, and 0.205 more of a step without refresh in 3.7); the links are NVLink in
 # a node of 8 and one InfiniBand adapter for each device beyond it.
 FLOPS, PRECISE_FLOPS = 370e12, 56e12
 NODE, NEAR, FAR = 8, 450e9, 50e9
+RANK = 0.15
+BOTH, KFAC = ("adam", "lazy"), ("lazy", "refresh")
 MESHES = {"data": "#0072B2", "fsdp": "#D55E00", "fsdp×tensor": "#009E73"}
 
 
@@ -34,16 +39,18 @@ def links(row: Row) -> float:
     return 1e3 * (near / NEAR + (row["sent bytes"] - near) / FAR)
 
 
-def cases(rows: Sequence[Row]) -> dict[tuple[str, str, int], dict[str, Row]]:
+def cases(rows: Sequence[Row]) -> dict[Case, dict[str, Row]]:
     """The rows of Adam, of a step without refresh and of a refresh, of what was compiled whole."""
-    found: dict[tuple[str, str, int], dict[str, Row]] = {}
-    for row in rows:
-        if "error" not in row:
-            name = row["optimizer"] if row["optimizer"] == "adam" else "lazy"
-            name = "refresh" if name == "lazy" and row["step"] != "nothing due" else name
-            key = (row["model"], row["mesh"], row["devices"])
-            found.setdefault(key, {})[name] = row
-    order = lambda key: (key[0], list(MESHES).index(key[1]), key[2])
+    good = [row for row in rows if "error" not in row]
+    place = lambda row: (row["model"], row["mesh"], row["devices"])
+    adam = {place(row): row for row in good if row["optimizer"] == "adam"}
+    found: dict[Case, dict[str, Row]] = {}
+    for row in good:
+        if row["optimizer"] == "kfac" and place(row) in adam:
+            parts = found.setdefault((*place(row), row["rank"]), {"adam": adam[place(row)]})
+            parts["lazy" if row["step"] == "nothing due" else "refresh"] = row
+    models, meshes = list(dict.fromkeys(row["model"] for row in rows)), list(MESHES)
+    order = lambda key: (models.index(key[0]), meshes.index(key[1]), *key[2:])
     return {key: found[key] for key in sorted(found, key=order) if len(found[key]) == 3}
 
 
@@ -56,28 +63,30 @@ def in_adam_steps(parts: dict[str, Row]) -> float:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One row for each step of each case."""
+    """One row for each case."""
     table: list[Row] = []
-    for (model, mesh, devices), parts in cases(rows).items():
-        for name in ("adam", "lazy", "refresh"):
-            row = parts[name]
-            table.append(
-                {
-                    "model": model,
-                    "mesh": mesh,
-                    "devices": devices,
-                    "step": {"adam": "Adam", "lazy": "K-FAC, lazy"}.get(name, "K-FAC, refresh"),
-                    "parameters MB": f"{row['parameter bytes'] / 1e6:.0f}",
-                    "state MB": f"{row['state bytes'] / 1e6:.0f}",
-                    "TFLOP": f"{row['GFLOP'] / 1e3:.2f}",
-                    "of these float32": f"{row['GFLOP at highest precision'] / 1e3:.3f}",
-                    "sent GB": f"{row['sent bytes'] / 1e9:.2f}"
-                    + ("" if row["loops counted"] else " *"),
-                    "arithmetic ms": f"{arithmetic(row):.1f}",
-                    "links ms": f"{links(row):.1f}",
-                    "mean step / Adam": f"{in_adam_steps(parts):.2f}" if name == "refresh" else "",
-                }
-            )
+    for (model, mesh, devices, rank), parts in cases(rows).items():
+        of = lambda text, parts=parts, names=tuple(parts): " / ".join(
+            text(parts[name]) for name in names
+        )
+        precise = lambda row: f"{row['GFLOP at highest precision'] / 1e3:.2f}"
+        times = lambda row: f"{arithmetic(row):.0f} + {links(row):.0f}"
+        sent = lambda row: f"{row['sent bytes'] / 1e9:.2f}" + "*" * (not row["loops counted"])
+        table.append(
+            {
+                "model": model,
+                "mesh": mesh,
+                "devices": devices,
+                "rank": f"{rank}",
+                "parameters MB": f"{parts['adam']['parameter bytes'] / 1e6:.0f}",
+                "state MB": of(lambda row: f"{row['state bytes'] / 1e6:.0f}", names=BOTH),
+                "TFLOP": of(lambda row: f"{row['GFLOP'] / 1e3:.2f}"),
+                "float32 TFLOP": of(precise, names=KFAC),
+                "sent GB": of(sent),
+                "arithmetic + links, ms": of(times),
+                "mean step": f"{in_adam_steps(parts):.2f}",
+            }
+        )
     return table
 
 
@@ -86,12 +95,16 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = cases(rows)
-    models = sorted({model for model, _, _ in found})
+    models = list(dict.fromkeys(key[0] for key in found))
     figure, axes = plt.subplots(2, len(models), figsize=(4.6 * len(models), 6.4), squeeze=False)
     for column, model in enumerate(models):
         above, below = axes[:, column]
         for mesh, colour in MESHES.items():
-            mine = {key[2]: parts for key, parts in found.items() if key[:2] == (model, mesh)}
+            mine = {
+                key[2]: parts
+                for key, parts in found.items()
+                if key[:2] == (model, mesh) and key[3] == RANK
+            }
             state = lambda name, mine=mine: [x[name]["state bytes"] / 1e6 for x in mine.values()]
             style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4}
             above.plot(list(mine), [in_adam_steps(x) for x in mine.values()], label=mesh, **style)
@@ -104,6 +117,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         below.set_yscale("log")
         for each in (above, below):
             each.set_xscale("log", base=2)
+            counts = sorted({key[2] for key in found if key[0] == model})
+            each.set_xticks(counts, [str(count) for count in counts])
             each.set_xlabel("devices")
             each.legend(fontsize=7)
     figure.tight_layout()
