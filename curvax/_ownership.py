@@ -58,6 +58,9 @@ def over_devices(
     mesh = jax.sharding.get_abstract_mesh()
     if not keys or mesh.size <= 1 or set(mesh.axis_types) != {AxisType.Auto}:
         return function(keys, *lists)
+    # Whole on every device before and after: else the compiler carries the division on into what
+    # surrounds this, and moves the same numbers many times.
+    whole = lambda tree: jax.lax.with_sharding_constraint(tree, PartitionSpec())
     groups = list(zip(*lists, strict=True))
     deals = dealt([(_count(trees[0]), _cost(trees)) for trees in groups], mesh.size)
     shared = [i for i, deal in enumerate(deals) if deal.each]
@@ -86,7 +89,7 @@ def over_devices(
 
     spec = PartitionSpec(mesh.axis_names)
     work = jax.shard_map(work, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    done, extra = work(even, rest)
+    done, extra = whole(work(*whole((even, rest))))
     parts: list[list[Any]] = [[] for _ in groups]
     for i, tree in zip(shared, done, strict=True):
         parts[i].append(tree)

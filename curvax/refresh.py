@@ -95,7 +95,7 @@ def refresh(
 ) -> list[FactorMemory]:
     """The factors after their moments came in; inverses stay as they are."""
 
-    def all_of(memories: list[FactorMemory], moments: list[Moment]) -> list[FactorMemory]:
+    def all_of(memories: list[FactorMemory], moments: list[Moment]) -> list[Any]:
         pasts = [
             weight_of_past(decay, m.updates, x.trace.dtype) for m, x in _pairs(memories, moments)
         ]
@@ -103,30 +103,34 @@ def refresh(
         results = []
         for memory, factor in _pairs(memories, _averaged(factors, moments, pasts)):
             ok = finite_each(factor)
-            new = memory._replace(factor=pick(ok, factor, memory.factor))
-            results.append(counted(new, memory.updates + ok.astype(jnp.int32), ok))
+            results.append((pick(ok, factor, memory.factor), ok))
         return results
 
-    return _batched(all_of, memories, moments)
+    return [
+        counted(memory._replace(factor=factor), memory.updates + ok.astype(jnp.int32), ok)
+        for memory, (factor, ok) in _pairs(memories, _batched(all_of, memories, moments))
+    ]
 
 
 def invert(memories: Sequence[FactorMemory], shifts: Sequence[Array]) -> list[FactorMemory]:
     """The factors with damped inverses anew; a shift that is not enough is raised."""
 
-    def all_of(memories: list[FactorMemory], shifts: list[Array]) -> list[FactorMemory]:
+    def all_of(memories: list[FactorMemory], shifts: list[Array]) -> list[Any]:
         def attempt(more: list[Array]) -> list[AbstractFactor]:
             factors = [memory.factor for memory in memories]
             raised = [shift * times for shift, times in _pairs(shifts, more)]
             return [inverse.slim() for inverse in inverses(factors, raised)]
 
-        results = []
         done = escalated(attempt, [jnp.ones_like(shift) for shift in shifts])
-        for memory, (inverse, ok) in _pairs(memories, done):
-            new = memory._replace(inverse=pick(ok, inverse, memory.inverse))
-            results.append(counted(new, memory.updates, ok))
-        return results
+        return [
+            (pick(ok, inverse, memory.inverse), ok)
+            for memory, (inverse, ok) in _pairs(memories, done)
+        ]
 
-    return _batched(all_of, memories, shifts)
+    return [
+        counted(memory._replace(inverse=inverse), memory.updates, ok)
+        for memory, (inverse, ok) in _pairs(memories, _batched(all_of, memories, shifts))
+    ]
 
 
 def counted(memory: FactorMemory, updates: Array, ok: Array) -> FactorMemory:
@@ -224,11 +228,13 @@ def _orthonormal(stacks: list[Array]) -> list[tuple[Array, Array]]:
 
 
 def _batched(
-    function: Callable[[list[FactorMemory], list[Any]], list[FactorMemory]],
+    function: Callable[[list[FactorMemory], list[Any]], list[Any]],
     memories: Sequence[FactorMemory],
     others: Sequence[Any],
-) -> list[FactorMemory]:
-    """`function` on all memories, those of equal form together in one stack."""
+) -> list[Any]:
+    """`function` on all memories, those of equal form together in one stack. On a mesh its results
+    are sent: only what is new.
+    """
     if not memories:
         return []
     groups = Groups(map(_form, memories), memories)

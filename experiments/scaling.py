@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax as cx
+from curvax.placement import KEEP
 from curvax.plan import Phase, Traffic
 from curvax.plan.phases import phases
 from experiments.large_models import Model, gpt2
@@ -110,12 +111,6 @@ def batch_on(model: Model, size: int, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
 
 
-def state_sharding(method: cx.Method, params: Any, mesh: Mesh) -> Any:
-    """Where the state is kept; None: momentum as its parameter, factors on every device."""
-    del method, params, mesh
-    return None
-
-
 def compiled_adam(objective: cx.Objective, params: Any, batch: Any, mesh: Mesh) -> Phase:
     """A step of Adam, in the shape of a phase of a plan."""
     optimizer = optax.adam(LEARNING_RATE)
@@ -139,17 +134,19 @@ def compiled_adam(objective: cx.Objective, params: Any, batch: Any, mesh: Mesh) 
 
 
 def compiled_kfac(
-    objective: cx.Objective, params: Any, batch: Any, mesh: Mesh, rank: float
+    objective: cx.Objective, params: Any, batch: Any, mesh: Mesh, rank: float, keep: str
 ) -> list[Phase]:
     """The kinds of steps of low-rank K-FAC, as in `experiments.bench_kfac`."""
     method = cx.methods.kfac(objective, rank=rank, refresh_every=10, fisher="empirical")
     optimizer = optax.chain(method, optax.trace(0.9), optax.scale_by_learning_rate(LEARNING_RATE))
     step = cx.make_step(optimizer, method)
-    where = state_sharding(method, params, mesh)
+    where = cx.state_sharding(optimizer, params, mesh, keep=keep)
     return phases(step, params, batch, jax.random.key(0), mesh, where)
 
 
-def case(model_name: str, mesh_name: str, devices: int, optimizer: str, rank: float) -> list[Row]:
+def case(
+    model_name: str, mesh_name: str, devices: int, optimizer: str, rank: float, keep: str
+) -> list[Row]:
     """A row for each kind of step."""
     shape, per_device = MODELS[model_name]
     mesh = mesh_of(mesh_name, devices, shape[1])
@@ -160,7 +157,7 @@ def case(model_name: str, mesh_name: str, devices: int, optimizer: str, rank: fl
     if optimizer == "adam":
         found = [compiled_adam(objective, params, batch, mesh)]
     else:
-        found = compiled_kfac(objective, params, batch, mesh, rank)
+        found = compiled_kfac(objective, params, batch, mesh, rank, keep)
     seconds = time.perf_counter() - start
     own = bytes_on_one(params)
     return [
@@ -171,6 +168,7 @@ def case(model_name: str, mesh_name: str, devices: int, optimizer: str, rank: fl
             "axes": dict(mesh.shape),
             "optimizer": optimizer,
             "rank": rank,
+            "keep": keep,
             "step": phase.label,
             "steps of a cycle": phase.steps,
             "sequences per device": per_device,
@@ -204,11 +202,11 @@ def sent_in_groups_of(most: int, found: Traffic) -> float:
 
 def in_process(cell: Row, seconds: float) -> list[Row]:
     """The rows of a case, or one that says why there are none."""
-    model, mesh, devices, optimizer, rank = cell.values()
+    model, mesh, devices, optimizer, rank, keep = cell.values()
     flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
     flags += f" --xla_force_host_platform_device_count={devices}"
     one = ["--model", model, "--mesh", mesh, "--devices", str(devices)]
-    one += ["--rank", str(rank), "--one", optimizer]
+    one += ["--rank", str(rank), "--keep", keep, "--one", optimizer]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "experiments.scaling", *one],
@@ -234,12 +232,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mesh", nargs="+", choices=MESHES, default=list(MESHES))
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--rank", type=float, default=0.15, help="of K-FAC (default: 0.15)")
+    parser.add_argument("--keep", choices=KEEP, default="all", help="of cx.state_sharding")
     parser.add_argument("--seconds", type=float, default=900, help="per case (default: 900)")
     parser.add_argument("--out", type=Path, default=Path("results/scaling_cpu.json"))
     parser.add_argument("--one", choices=OPTIMIZERS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
-        rows = case(args.model[0], args.mesh[0], args.devices[0], args.one, args.rank)
+        rows = case(args.model[0], args.mesh[0], args.devices[0], args.one, args.rank, args.keep)
         print(json.dumps(rows))
         return 0
     path: Path = args.out
@@ -250,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     for values in itertools.product(*(getattr(args, name) for name in names)):
         case_of = dict(zip(names, values, strict=True))
         cell = {name: case_of[name] for name in ("model", "mesh", "devices", "optimizer")}
-        cell["rank"] = args.rank if cell["optimizer"] == "kfac" else 0.0
+        kfac = cell["optimizer"] == "kfac"
+        cell |= {"rank": args.rank if kfac else 0.0, "keep": args.keep if kfac else "all"}
         if any(cell.items() <= row.items() for row in rows):
             continue
         found = in_process(cell, args.seconds)

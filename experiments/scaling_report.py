@@ -12,8 +12,8 @@ from typing import Any
 
 from experiments.tables import Row, as_text
 
-# A model, a mesh, how many devices, and the rank of the factors.
-Case = tuple[str, str, int, float]
+# A model, a mesh, how many devices, the rank of the factors, and who keeps them.
+Case = tuple[str, str, int, float, str]
 
 RESULTS = Path(__file__).parent / "results" / "scaling_cpu.json"
 # Of one H200. The first two were measured there on GPT-2 124M (bench_kfac_h200.json: 8.24 TFLOP of
@@ -47,7 +47,9 @@ def cases(rows: Sequence[Row]) -> dict[Case, dict[str, Row]]:
     found: dict[Case, dict[str, Row]] = {}
     for row in good:
         if row["optimizer"] == "kfac" and place(row) in adam:
-            parts = found.setdefault((*place(row), row["rank"]), {"adam": adam[place(row)]})
+            parts = found.setdefault(
+                (*place(row), row["rank"], row["keep"]), {"adam": adam[place(row)]}
+            )
             parts["lazy" if row["step"] == "nothing due" else "refresh"] = row
     models, meshes = list(dict.fromkeys(row["model"] for row in rows)), list(MESHES)
     order = lambda key: (models.index(key[0]), meshes.index(key[1]), *key[2:])
@@ -65,7 +67,7 @@ def in_adam_steps(parts: dict[str, Row]) -> float:
 def summary(rows: Sequence[Row]) -> list[Row]:
     """One row for each case."""
     table: list[Row] = []
-    for (model, mesh, devices, rank), parts in cases(rows).items():
+    for (model, mesh, devices, rank, keep), parts in cases(rows).items():
         of = lambda text, parts=parts, names=tuple(parts): " / ".join(
             text(parts[name]) for name in names
         )
@@ -78,6 +80,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                 "mesh": mesh,
                 "devices": devices,
                 "rank": f"{rank}",
+                "keep": keep,
                 "parameters MB": f"{parts['adam']['parameter bytes'] / 1e6:.0f}",
                 "state MB": of(lambda row: f"{row['state bytes'] / 1e6:.0f}", names=BOTH),
                 "TFLOP": of(lambda row: f"{row['GFLOP'] / 1e3:.2f}"),
@@ -103,7 +106,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             mine = {
                 key[2]: parts
                 for key, parts in found.items()
-                if key[:2] == (model, mesh) and key[3] == RANK
+                if key[:2] == (model, mesh) and key[3:] == (RANK, "all")
             }
             state = lambda name, mine=mine: [x[name]["state bytes"] / 1e6 for x in mine.values()]
             style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4}

@@ -11,8 +11,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
 from curvax import _tree
+from curvax._ownership import working_on
 from curvax._tables import table
 from curvax.batch import Batch
+from curvax.placement import state_sharding
 from curvax.plan.plan import Due, Plan
 from curvax.plan.traffic import KINDS, Traffic, traffic
 
@@ -82,8 +84,8 @@ def phases(
       stays so. Others are replicated, and those of a batch are divided along their first axis over
       the axis of the mesh called "data", or else its first.
     - `state_sharding`: of the state of the method, or of the optimizer that `step` was made of: a
-      tree of shardings, which may end early. By default what is kept for a parameter, in its
-      shape, is sharded like it, and the rest is replicated.
+      tree of shardings, which may end early. By default that of
+      [`state_sharding`][curvax.state_sharding].
 
     Buffers of model and state are donated, as in training, and come back sharded as they were.
 
@@ -99,7 +101,8 @@ def phases(
 
         def run(arrays: Any, state: Any, batch: Any, key: Any, phase: tuple[Due, ...]) -> Any:
             whole = eqx.combine(arrays, static)
-            new, state, metrics = step.pure(whole, state, batch, key, phase=phase)
+            with working_on(mesh):
+                new, state, metrics = step.pure(whole, state, batch, key, phase=phase)
             return eqx.filter(new, eqx.is_array), state, metrics
 
         where = (_shardings(arrays), _shardings(state), _replicated(mesh))
@@ -197,16 +200,8 @@ def _state_placed(step: "Step", model: PyTree[Any], mesh: Mesh, wanted: PyTree[A
             state.optimizer,
         )
         return placed(state._replace(optimizer=spread), mesh)
-    params, _ = step.method.objective.bind(model)
-    names = dict(zip(_tree.paths(params), jax.tree.leaves(params), strict=True))
-    kept = []
-    for path, leaf in zip(_tree.paths(state), jax.tree.leaves(state), strict=True):
-        # The longest: ['z']['w'] ends with ['w'], too.
-        owners = [name for name in names if path.endswith(name)]
-        owner = names[max(owners, key=len)] if owners else leaf
-        alike = owner is not leaf and owner.shape == leaf.shape
-        kept.append(_shape(leaf, owner.sharding if alike else _replicated(mesh)))
-    return jax.tree.unflatten(jax.tree.structure(state), kept)
+    where = state_sharding(step, model, mesh)
+    return jax.tree.map(_shape, state, where)
 
 
 def _own(leaf: Any, mesh: Mesh, path: str) -> NamedSharding | None:
