@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import Array
 
 
 class Deal(NamedTuple):
@@ -66,37 +67,59 @@ def over_devices(
     shared = [i for i, deal in enumerate(deals) if deal.each]
     single = [i for i, deal in enumerate(deals) if deal.owners]
     even = [jax.tree.map(lambda x, i=i: x[: deals[i].each * mesh.size], groups[i]) for i in shared]
-    rest = []
-    for i in single:
-        start = deals[i].each * mesh.size
-        # The slots of the others are filled with something that is never looked at.
-        slots = np.full(mesh.size, start)
-        slots[list(deals[i].owners)] = start + np.arange(len(deals[i].owners))
-        rest.append(jax.tree.map(lambda x, slots=slots: x[slots], groups[i]))
+    rest = [jax.tree.map(lambda x, i=i: x[deals[i].each * mesh.size :], groups[i]) for i in single]
 
     def work(even: list[Any], rest: list[Any]) -> tuple[list[Any], list[Any]]:
         here = jax.lax.axis_index(mesh.axis_names)
-        results = []
-        for i, trees in zip(single, rest, strict=True):
-            make = lambda *trees, key=keys[i]: function([key], *([tree] for tree in trees))[0]
-            idle = lambda *trees, make=make: jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, *trees)
-            )
-            mine = np.isin(np.arange(mesh.size), deals[i].owners)
-            results.append(jax.lax.cond(jnp.asarray(mine)[here], make, idle, *trees))
+        results = [
+            _own(function, keys[i], trees, deals[i].owners, here, mesh.axis_names)
+            for i, trees in zip(single, rest, strict=True)
+        ]
         own = [keys[i] for i in shared]
         return (function(own, *map(list, zip(*even, strict=True))) if own else []), results
 
-    spec = PartitionSpec(mesh.axis_names)
-    work = jax.shard_map(work, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    done, extra = whole(work(*whole((even, rest))))
+    divided, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
+    work = jax.shard_map(
+        work,
+        mesh=mesh,
+        in_specs=(divided, everywhere),
+        out_specs=(divided, everywhere),
+        check_vma=False,
+    )
     parts: list[list[Any]] = [[] for _ in groups]
-    for i, tree in zip(shared, done, strict=True):
-        parts[i].append(tree)
-    for i, tree in zip(single, extra, strict=True):
-        owners = np.asarray(deals[i].owners)
-        parts[i].append(jax.tree.map(lambda x, owners=owners: x[owners], tree))
+    for places, trees in zip((shared, single), whole(work(*whole((even, rest)))), strict=True):
+        for i, tree in zip(places, trees, strict=True):
+            parts[i].append(tree)
     return [jax.tree.map(lambda *x: jnp.concatenate(x) if x[1:] else x[0], *own) for own in parts]
+
+
+def _own(
+    function: Callable[..., list[Any]],
+    key: Any,
+    trees: Sequence[Any],
+    owners: tuple[int, ...],
+    here: Array,
+    axes: tuple[str, ...],
+) -> Any:
+    """What `function` makes of the matrices of a stack, each by its owner: the sum over devices of
+    what each has, with zeros for the others'. It takes the bytes of the stack, however many devices
+    there are.
+    """
+    mine = jnp.asarray(owners) == here
+    place = jnp.argmax(mine)
+    own = [jax.tree.map(lambda x: x[place][None], tree) for tree in trees]
+    make = lambda *own: function([key], *([tree] for tree in own))[0]
+    like = jax.eval_shape(make, *own)
+    idle = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    made = jax.lax.cond(jnp.any(mine), make, idle, *own)
+
+    def spread(x: Array) -> Array:
+        held = mine.reshape(-1, *(1,) * (x.ndim - 1))
+        numbers = x.astype(jnp.int32) if x.dtype == bool else x
+        summed = jax.lax.psum(jnp.where(held, numbers, jnp.zeros_like(numbers)), axes)
+        return summed.astype(x.dtype)
+
+    return jax.tree.map(spread, made)
 
 
 def _count(tree: Any) -> int:

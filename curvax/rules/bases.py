@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from curvax._linalg import applied
 from curvax._stacks import Groups, identities
-from curvax.eigenbasis import turned
+from curvax.eigenbasis import Turn, turned
 from curvax.rules.base import AbstractTensorRule
 from curvax.rules.sides import along, spread, with_factor
 
@@ -112,7 +112,7 @@ def turned_sides(
     be turned stays, and is counted.
     """
 
-    def anew(_: Any, sides: list[EigenSide]) -> list[Turned]:
+    def anew(_: Any, sides: list[EigenSide]) -> list[tuple[Turn, Array]]:
         turns = turned(
             [side.factor for side in sides],
             [side.basis for side in sides],
@@ -120,17 +120,19 @@ def turned_sides(
             tolerance=tolerance,
             sort=sort,
         )
-        results = []
-        for side, turn in zip(sides, turns, strict=True):
-            rotation = applied("snk,snm->skm", turn.basis, side.basis)
-            age = jnp.where(turn.ok, 0, side.age + 1)
-            failures = side.failures + (~turn.ok).astype(jnp.int32)
-            new = EigenSide(side.factor, turn.basis, age, failures)
-            results.append(Turned(new, rotation, turn.order))
-        return results
+        return [
+            (turn, applied("snk,snm->skm", turn.basis, side.basis))
+            for side, turn in zip(sides, turns, strict=True)
+        ]
 
     groups = Groups([(side.factor.shape[-1], side.factor.dtype) for side in sides], sides)
-    return groups.map(anew, sides)
+    results = []
+    for side, (turn, rotation) in zip(sides, groups.map(anew, sides), strict=True):
+        age = jnp.where(turn.ok, 0, side.age + 1)
+        failures = side.failures + (~turn.ok).astype(jnp.int32)
+        new = EigenSide(side.factor, turn.basis, age, failures)
+        results.append(Turned(new, rotation, turn.order))
+    return results
 
 
 def projected(
