@@ -73,9 +73,9 @@ class Step:
             self._run, static_argnums=(5, 6, 7), donate_argnums=(0, 1) if donate else ()
         )
         self._outputs: dict[Any, jax.ShapeDtypeStruct] = {}
-        # The count array last handed out, and its value: the phase of the next step is known
-        # without waiting for the device.
-        self._last: tuple[Array, int] | None = None
+        # The counts last handed out and last taken, with their values: the phase of the next step,
+        # or of the same one again, is known without waiting for the device.
+        self._known: tuple[tuple[Array, int], ...] = ()
         self._phases: dict[int, tuple[Due, ...]] = {}
         self._period = method.plan.period
 
@@ -112,8 +112,8 @@ class Step:
             self._phase(count),
             _places(arrays, state),
         )
-        state = _updated(state, changed)
-        self._last = (state.count, count + 1)
+        taken, state = state.count, _updated(state, changed)
+        self._known = ((state.count, count + 1), (taken, count))
         return _merge(arrays, static), state, info
 
     def lower(
@@ -260,8 +260,9 @@ class Step:
     def _host_count(self, count: Array) -> int:
         if self._period == 1:
             return 0
-        if self._last is not None and self._last[0] is count:
-            return self._last[1]
+        for known, value in self._known:
+            if known is count:
+                return value
         return int(count)
 
     def _phase(self, count: int) -> tuple[Due, ...]:
