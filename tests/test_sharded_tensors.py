@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
 
 import curvax as cx
 from curvax.tensors import Layouts
 from tests.devices import printed
+from tests.meshes import COMPILED, assert_where, places_of, sharded, start
 from tests.problems import avals
 
 STEPS, EVERY = 12, 6
@@ -38,8 +38,6 @@ MESHES = {
         {"w1": ("fsdp", "tensor"), "b1": ("tensor",), "w2": ("tensor", "fsdp")},
     ),
 }
-# Filled by JAX with an event for each program that is compiled.
-COMPILED = []
 
 
 def gradients_of(shapes):
@@ -55,24 +53,6 @@ def gradients_of(shapes):
     return [{name: draw(shape) for name, shape in shapes.items()} for _ in range(STEPS)]
 
 
-def sharded(tree, mesh, specs):
-    def place(name, leaf):
-        pairs = zip(specs.get(name, ()), leaf.shape, strict=False)
-        fits = P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in pairs))
-        return jax.device_put(leaf, NamedSharding(mesh, fits))
-
-    return {name: place(name, leaf) for name, leaf in tree.items()}
-
-
-def shardings_of(tree):
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def assert_where(tree, shardings):
-    for x, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
-        assert x.sharding.is_equivalent_to(wanted, x.ndim), (x.shape, x.sharding, wanted)
-
-
 def assert_sharded_along(state, leaf):
     """What is kept of a leaf that is one tensor, in its shape."""
     spec = (None, *jax.typeof(leaf).sharding.spec)
@@ -84,8 +64,8 @@ def updates_of(optimizer, gradients, given=None):
     """With the state where it is `given` to be, or where `init` puts it."""
     params = jax.tree.map(jnp.zeros_like, gradients[0])
     state = jax.jit(optimizer.init, out_shardings=given)(params)
-    types, places = avals(state), shardings_of(state)
-    ahead = None if given is None else (shardings_of(params), places)
+    types, places = avals(state), places_of(state)
+    ahead = None if given is None else (places_of(params), places)
     step = jax.jit(optimizer.update, out_shardings=ahead)
     results = []
     for count, gradient in enumerate(gradients):
@@ -94,7 +74,7 @@ def updates_of(optimizer, gradients, given=None):
         assert len(COMPILED) == (1 if count == 0 else 0), (count, COMPILED)
         assert avals(state) == types
         assert_where(state, places)
-        assert_where(updates, shardings_of(params))
+        assert_where(updates, places_of(params))
         results.append(updates)
     assert int(state.skipped) == 0
     return jax.tree.map(np.asarray, results), state
@@ -124,10 +104,7 @@ def check(kind):
 
 
 def main(kind):
-    jax.config.update("jax_enable_x64", True)
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
-    )
+    start()
     check(kind)
 
 
