@@ -62,8 +62,8 @@ def total(a: PyTree[Array]) -> Scalar:
     result = jnp.zeros((), dtype)
     for members in alike(leaves):
         # One array as it is: with another axis XLA no longer knows its fast sums on a CPU.
-        one = len(members) == 1
-        group = leaves[members[0]] if one else jnp.stack([leaves[i] for i in members])
+        own = [leaves[i] for i in members]
+        group = own[0] if len(own) == 1 else stacked(own)
         result = result + jnp.sum(group, dtype=dtype)
     return result
 

@@ -107,8 +107,8 @@ class Method(optax.GradientTransformationExtraArgs):
         [`traffic`][curvax.traffic]), arithmetic and memory, and with `rates` a predicted time.
         Leaves of model and batch that are sharded over the mesh stay so. Others are replicated,
         but for the examples of a batch: these are divided over its axis "data", or else its first.
-        `state_sharding` has a sharding for each leaf of the state. By default what is kept for a
-        parameter, in its shape, is sharded like it, and the rest is replicated.
+        `state_sharding` has a sharding for each leaf of the state, by default that of
+        [`state_sharding`][curvax.state_sharding].
         """
         from curvax.step import make_step  # which is made of methods
 

@@ -201,8 +201,8 @@ class _Module:
 
     def _accessed(self, each: _Instruction, shapes: dict[str, str]) -> float:
         """Bytes that an operation reads and writes; of what it slices, the slice."""
-        sizes = {name: math.fsum(map(_nbytes, _buffers(shapes[name]))) for name in each.operands}
-        result = math.fsum(map(_nbytes, _buffers(each.shape)))
+        sizes = {name: _size(shapes[name]) for name in each.operands}
+        result = _size(each.shape)
         if each.op in ("dynamic-slice", "slice", "gather"):
             return 2 * result
         if each.op == "dynamic-update-slice":
@@ -218,14 +218,14 @@ def _fused(body: list[_Instruction], result: float) -> float:
     for each in body:
         if each.op == "parameter":
             users = [user for user in body if each.name in user.operands]
-            whole = math.fsum(map(_nbytes, _buffers(each.shape)))
+            whole = _size(each.shape)
             # One that is updated in a place is neither read nor written elsewhere.
             inside = [user for user in users if user.op == "dynamic-update-slice"]
             if inside and inside == users and users[0].operands[0] == each.name:
-                update = math.fsum(map(_nbytes, _buffers(shapes[inside[0].operands[1]])))
+                update = _size(shapes[inside[0].operands[1]])
                 total += 2 * update - min(whole, total)
             elif users and all(user.op in ("dynamic-slice", "gather") for user in users):
-                total += sum(math.fsum(map(_nbytes, _buffers(user.shape))) for user in users)
+                total += sum(_size(user.shape) for user in users)
             else:
                 total += whole
     return max(total, 0.0)
@@ -268,6 +268,11 @@ def _buffers(shape: str) -> list[Buffer]:
     """Every array in a shape."""
     found = re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape)
     return [(kind, tuple(int(n.strip("<=")) for n in dims.split(",") if n)) for kind, dims in found]
+
+
+def _size(shape: str) -> float:
+    """Bytes of all arrays in a shape."""
+    return math.fsum(map(_nbytes, _buffers(shape)))
 
 
 def _nbytes(buffer: Buffer) -> float:
