@@ -26,6 +26,7 @@ from curvax.estimators import hutchinson_trace as hutchinson_trace
 from curvax.estimators import nystrom as nystrom
 from curvax.factored import EigenPreconditioner as EigenPreconditioner
 from curvax.factored import KroneckerPreconditioner as KroneckerPreconditioner
+from curvax.linearisation import Linearisation as Linearisation
 from curvax.losses import AbstractLoss as AbstractLoss
 from curvax.losses import CustomLoss as CustomLoss
 from curvax.losses import Gaussian as Gaussian
@@ -33,7 +34,6 @@ from curvax.losses import Poisson as Poisson
 from curvax.losses import SigmoidCrossEntropy as SigmoidCrossEntropy
 from curvax.losses import SoftmaxCrossEntropy as SoftmaxCrossEntropy
 from curvax.losses import SquaredError as SquaredError
-from curvax.objective import Linearisation as Linearisation
 from curvax.objective import Objective as Objective
 from curvax.operators import AbstractOperator as AbstractOperator
 from curvax.operators import BlockDiagonal as BlockDiagonal

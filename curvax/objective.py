@@ -13,42 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from curvax import _tree
-from curvax._masked import Embedded, is_masked, keep_unmasked, unmask
-from curvax._sharding import gathered, sharded_as
+from curvax._masked import is_masked, keep_unmasked, unmask
+from curvax._sharding import gathered
 from curvax.batch import Batch, Example, share, taken_apart, weigh
+from curvax.linearisation import Linearisation
 from curvax.losses import AbstractLoss
 
 Params = PyTree[Any]
-
-
-class Linearisation(eqx.Module):
-    """The model's outputs on a batch, linearised in the parameters.
-
-    `tangent` is the linear map Δθ ↦ JΔθ with its residuals stored, so that products with J and
-    Jᵀ cost no further forward pass. `coefficients` holds the weight of each event in the
-    objective (1/N for a plain mean over N events), with the shape of the loss's values or ().
-    """
-
-    params: Params
-    outputs: Float[Array, "batch ..."]
-    targets: PyTree[Array]
-    coefficients: Float[Array, "..."]
-    tangent: Callable[[Params], Array]
-
-    def jvp(self, vector: Params) -> Array:
-        """J v, of the shape of the outputs."""
-        return self.tangent(vector)
-
-    def vjp(self, cotangent: Array) -> Params:
-        """Jᵀ u, of the structure of the parameters."""
-        transpose = jax.linear_transpose(self.tangent, _tree.structure(self.params))
-        return transpose(sharded_as(cotangent.astype(self.outputs.dtype), self.outputs))[0]
-
-    def restrict(self, template: PyTree[Any]) -> "Linearisation":
-        """The linearisation in only those parameters that `template` does not mask."""
-        kept = keep_unmasked(template, self.params)
-        tangent = Embedded(self.tangent, _tree.structure(self.params))
-        return Linearisation(kept, self.outputs, self.targets, self.coefficients, tangent)
 
 
 class Objective(eqx.Module):

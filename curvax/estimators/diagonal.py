@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from curvax.batch import weigh
-from curvax.objective import Linearisation, Objective, Params
+from curvax.linearisation import Linearisation
+from curvax.objective import Objective, Params
 from curvax.operators.metric import sampling_key
 
 

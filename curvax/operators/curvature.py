@@ -20,7 +20,8 @@ from curvax._checks import check_count
 from curvax._masked import Embedded, keep_unmasked
 from curvax._sharding import sharded_as
 from curvax.batch import Batch
-from curvax.objective import Linearisation, Objective, Params
+from curvax.linearisation import Linearisation
+from curvax.objective import Objective, Params
 from curvax.operators.base import AbstractOperator, AbstractSymmetricOperator, Transpose
 from curvax.operators.metric import AbstractOutputMetric, LossMetric, ScoreMetric
 from curvax.operators.rows import row_gram

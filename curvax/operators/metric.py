@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from curvax.batch import weigh
+from curvax.linearisation import Linearisation
 from curvax.losses import AbstractLoss
-from curvax.objective import Linearisation
 
 
 class AbstractOutputMetric(eqx.Module):

@@ -18,7 +18,8 @@ from curvax import _tree
 from curvax._checks import check_count
 from curvax.batch import Batch
 from curvax.estimators import gauss_newton_bartlett, hutchinson_diagonal
-from curvax.objective import Linearisation, Objective, Params
+from curvax.linearisation import Linearisation
+from curvax.objective import Objective, Params
 from curvax.operators import AbstractCurvature, Fisher, GaussNewton, Hessian
 
 

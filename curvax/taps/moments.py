@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from curvax import _tree
 from curvax._convolution import loop_safe
 from curvax.batch import Batch, share, weigh
-from curvax.objective import Linearisation, Objective, Params
+from curvax.linearisation import Linearisation
+from curvax.objective import Objective, Params
 from curvax.operators.curvature import GaussNewton
 from curvax.operators.metric import ScoreMetric, sampling_key
 from curvax.taps.arrangement import Elementwise, Lookup

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from curvax import _tree
 from curvax.batch import Batch, Example, share, weigh
-from curvax.objective import Linearisation, Objective, Params
+from curvax.linearisation import Linearisation
+from curvax.objective import Objective, Params
 from curvax.operators.curvature import AbstractOutputCurvature
 from curvax.taps.arrangement import Arrangement, Elementwise, Lookup, accumulator, product
 from curvax.taps.blocks import Block, DiagonalBlock, find_blocks
